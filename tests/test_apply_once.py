@@ -67,6 +67,7 @@ class PerImage(nn.Module):
         return torch.cat([self.inner(part) for part in x.split(self.at_once)])
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_model_that_loops_over_its_samples_is_fitted_to_all_of_them(at_once):
     x = data()
@@ -116,6 +117,7 @@ def test_order_and_cut_of_the_batches_change_nothing_but_rounding():
         torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_too_few_samples_it_is_not_worse_than_without_reconstruction():
     gains = []
     for seed in range(12):
@@ -258,6 +260,7 @@ def test_positions_are_those_that_layers_are_fitted_at_too() -> None:
     assert set(counts) == {28 * 3}
 
 
+@pytest.mark.slow
 def test_a_loader_that_shuffles_gives_what_a_list_gives() -> None:
     """Samples that are held out are known by their place in a batch."""
     model, x = network(), data(400)

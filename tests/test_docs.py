@@ -57,7 +57,7 @@ def test_there_are_tutorials():
     assert sorted(listed) == [page.stem for page in TUTORIALS] != []
 
 
-# They train, load transformers or lightning, or export: `make docs` runs them beside the build of the site.
+# They train, load transformers or lightning, export or take seconds: `make docs` runs them beside the build.
 LONG = (
     "getting-started",
     "hugging-face",
@@ -68,6 +68,7 @@ LONG = (
     "removing-filters",
     "sharing",
     "shipping",
+    "step-by-step",
     "text-detector",
     "what-each-method-is-for",
 )
@@ -85,7 +86,11 @@ def test_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run(page) > 0
 
 
-@pytest.mark.parametrize("page", [*REFERENCE, *METHODS], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem == "chains" else page for page in (*REFERENCE, *METHODS)],
+    ids=lambda page: page.stem,
+)
 def test_pages_have_an_example_that_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert run(page) > 0

@@ -26,7 +26,7 @@ SAID = {
     "sweep": r" 80% +\d.*\n +60% +\d.*\n +40% +\d.*\n +25% +\d",
 }
 # They train for seconds, or load trainers: `make docs` runs them beside the build of the site.
-LONG = ("own_model", "latency_budget", "lightning_callback", "trainer")
+LONG = ("own_model", "sweep", "latency_budget", "lightning_callback", "trainer")
 WRITTEN = {"own_model": "small.safetensors", "trainer": "small/model.safetensors", "service": "digits.safetensors"}
 
 

@@ -149,6 +149,7 @@ def joint(plan: Plan) -> list[Entry]:
     return [entry for entry in plan if entry.members and not entry.choice.is_dense]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("fitted", [False, True], ids=["alone", "fitted"])
 @pytest.mark.parametrize(("net", "methods"), PLANS)
 def test_the_result_costs_what_the_plan_says_and_shares_what_it_says(net: str, methods: str, fitted: bool) -> None:

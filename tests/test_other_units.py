@@ -80,6 +80,7 @@ def unchanged(
     return net, x, st.compress(net, x.split(48), "parameters=70%", methods=methods)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     ("make", "methods"),

@@ -175,6 +175,7 @@ def test_where_channels_may_go_statistics_rest_on_the_samples_that_are_not_held_
         assert torch.allclose(pooled.unpooled.second_moment, theirs.second_moment, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_of_few_samples_what_removals_lose_is_told_and_judged_by_others() -> None:
     """Of 64 samples of a wide network: what was told was a tenth of the truth, and the worse network was taken."""
     pytest.importorskip("torch_pruning")

@@ -142,6 +142,7 @@ class Itself(Two):
         return self
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -248,6 +248,7 @@ def test_a_pair_of_full_rank_computes_what_the_narrowed_layer_does(name, layer, 
         assert torch.allclose(whole.eval()(x), mixed.eval()(x), atol=1e-5)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["chain", "residual", "attention", "flatten"])
 def test_activation_svd_of_what_is_left(name: str, tmp_path):
     model, x, sites = calibrated(name)

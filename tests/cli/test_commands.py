@@ -60,6 +60,7 @@ def test_profile_without_data_counts_parameters_only_and_with_a_shape_macs_too(r
     assert shaped["costs"]["macs"] == 64 * 9 * 12 * (1 + 12) + 120
 
 
+@pytest.mark.slow
 def test_profile_measures_latency(run):
     found = run.json("profile", "nets:tiny", *DATA, "--latency", "--only", "wide")
     (kept,) = Path("cache").glob("latency-*.json")

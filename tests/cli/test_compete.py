@@ -30,6 +30,7 @@ def test_no_further_set_after_some_seconds(run) -> None:
     assert "not tried, as 0 s were over" in said
 
 
+@pytest.mark.slow
 def test_where_low_rank_is_not_enough_sets_compete(run) -> None:
     command = ("compress", "filter_nets:separable", "--data", "nets:batches", "--budget", "macs=35%")
     said = " ".join(run(*command, "--out", "small").output.split())

@@ -231,6 +231,7 @@ def test_options_are_listed_with_the_defaults_that_hold():
     assert "limit: a whole number = 2048" in str(caught.value)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("command", ["compress", "sweep"])
 def test_a_loader_that_shuffles_gives_what_a_list_gives(run, command: str) -> None:
     """Samples that are held out are known by their place in a batch."""

@@ -81,6 +81,7 @@ def test_profile_prints_groups_of_ones_own_and_says_if_there_are_none(run):
     assert "no layers are alike enough" in run("profile", "repeated:net", "--share", "--only", "head").stdout
 
 
+@pytest.mark.slow
 def test_compress_shares_under_a_parameter_budget_and_says_so(run):
     found = run.json("compress", "repeated:net", *DATA, "--budget", "parameters=25%", "--out", "small")
     assert found["costs"]["parameters"] <= found["budget"]["parameters"]

@@ -24,6 +24,7 @@ BYTES = ("--budget", "bytes=65%")
 QUICK = (*DATA, "--method", f"{METHOD}:share=0.3", "--only", "wide", "--quiet")
 
 
+@pytest.mark.slow
 def test_compress_counts_the_positions_and_measures_what_it_counted(run):
     found = run.json("compress", "nets:tiny", *QUICK, *BYTES, "--out", "small")
     plan = Plan.read("small/plan.json")

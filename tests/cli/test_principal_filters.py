@@ -56,6 +56,7 @@ def test_compress_removes_filters_and_meets_the_budget_in_what_is_measured(run):
     assert "12 channels" in Path("small/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_was_compressed_can_be_evaluated_exported_and_carried_out_again(run, dense):
     run("compress", *QUICK, *HALF, "--out", "small")
     costs = Plan.read("small/plan.json").costs
@@ -107,6 +108,7 @@ def test_low_rank_competes_where_it_is_asked_for(run):
     assert "low_rank" in kinds("--method", "low-rank")
 
 
+@pytest.mark.slow
 def test_fine_tuning_trains_the_narrow_network(run):
     run("compress", *QUICK, *HALF, "--out", "at-once")
     tuned = run.json("compress", *QUICK, *HALF, "--train", "nets:batches", "--test", "nets:batches", "--epochs", "1")

@@ -67,6 +67,7 @@ def test_what_cannot_be_swept_is_refused(run, options: tuple[str, ...], said: st
     assert not Path("sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_table_of_everything_fits_80_columns(run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     more = ("--latency", "--train", "nets:batches", "--epochs", "1", "--no-report")

@@ -16,15 +16,16 @@ from spectrim.selection.plan import Entry, Plan
 COMPRESS = ("compress", "nets:tiny", "--only", "wide")
 DATA = ("--data", "nets:batches")
 TEST = ("--test", "nets:batches")
+ALONE = ("--method", "activation-svd", "--no-report")
 
 
 def test_a_drop_in_place_of_a_budget(run) -> None:
-    found = run.json(*COMPRESS, *DATA, *TEST, "--max-drop", "9", "--out", "small")
+    found = run.json(*COMPRESS, *DATA, *TEST, *ALONE, "--max-drop", "9", "--out", "small")
     assert found["costs"]["macs"] < found["dense_costs"]["macs"]
     said = " ".join(found["notes"])
     assert "the tolerance is met: accuracy on --test is" in said
     assert "the smallest was taken that held on these samples" in said
-    assert "the tolerance is met" in run(*COMPRESS, *DATA, "--min-agreement", "0.6", "--out", "other").output
+    assert "the tolerance is met" in run(*COMPRESS, *DATA, *ALONE, "--min-agreement", "0.6", "--out", "other").output
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_a_budget_beyond_the_tolerance_ends_as_one_that_cannot_be_met() -> None:
     assert exit_code(ToleranceError("macs=60% holds it")) == exit_code(InfeasibleBudgetError("macs", 1, 2, 3)) == 3
 
 
+@pytest.mark.slow
 def test_a_tolerance_that_only_the_dense_network_holds_tells_of_no_budget(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def accuracy(model: nn.Module, batches: object) -> float:
         return 0.0 if any(isinstance(module, StandIn) for module in model.modules()) else 100.0

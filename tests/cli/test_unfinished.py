@@ -71,6 +71,7 @@ def test_a_run_is_not_gone_on_with_on_other_samples(run, monkeypatch: pytest.Mon
     assert "what --data holds was '65 samples" in run(*TRAIN, "--epochs", "1", "--out", "cut", code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_compressed_model_is_compressed_again_from_its_file_alone(run):
     usual = ("--data", "nets:batches", "--no-report")
     once = run.json("compress", "nets:tiny", *usual, "-b", "macs=70%", "--out", "once")

@@ -98,6 +98,7 @@ def test_a_cost_of_the_users_own_is_limited_where_channels_go(name: str) -> None
     assert small <= 0.7 * joules_of(model) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_channels_and_ranks_share_a_budget_of_the_users_own() -> None:
     model, batches, sites = coupled("flatten")
     budget = st.Budget(joules=0.5, parameters=0.6)

@@ -71,6 +71,7 @@ def test_a_tied_head_is_told_and_its_cure_holds(tmp_path: Path) -> None:
     assert torch.equal(logits(back, "llama"), logits(result.model, "llama"))
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(("name", "table", "head"), TIED)
 def test_a_tied_head_is_saved_loaded_and_merged(name: str, table: str, head: str, tmp_path: Path) -> None:
     model, given = make(name, **({"tie_word_embeddings": True} if name == "llama" else {})), inputs("llama")
@@ -89,6 +90,7 @@ def test_a_tied_head_is_saved_loaded_and_merged(name: str, table: str, head: str
     assert back.get_submodule(head).weight is back.get_submodule(table).weight
 
 
+@pytest.mark.slow
 def test_a_model_without_the_tied_head_has_the_table_alone(tmp_path: Path) -> None:
     model, given = make("llama", tie_word_embeddings=True), inputs("llama")
     names = ["model.embed_tokens", "lm_head"]
@@ -103,6 +105,7 @@ def test_a_model_without_the_tied_head_has_the_table_alone(tmp_path: Path) -> No
             assert torch.equal(back(**given).last_hidden_state, wanted)
 
 
+@pytest.mark.slow
 def test_transposed_linear_layers_lose_heads_and_come_back(tmp_path: Path) -> None:
     model: Any = st.with_linear_layers(make("gpt2"))
     assert torch.equal(logits(model, "gpt2"), logits(make("gpt2"), "gpt2"))
@@ -335,7 +338,7 @@ def test_channels_that_went(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
     model = make("vit")
     sites = st.couple(model, st.find(model), inputs("vit"))
-    sites = st.calibrate(model, sites, [inputs("vit", seed) for seed in range(4)])
+    sites = st.calibrate(model, sites, [inputs("vit")])
     plan = st.select(st.tabulate(sites, [st.PrincipalFilters()]), st.Budget(macs=0.9))
     small: Any = st.apply(model, sites, plan)
     assert any(entry.choice.kind == "kept_channels" and entry.choice.gone for entry in plan)

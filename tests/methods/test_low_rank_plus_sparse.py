@@ -312,7 +312,8 @@ def test_every_unfolding_is_offered_if_asked_for() -> None:
     assert set(curve.spectra) == set(all_names)
 
 
-@pytest.mark.parametrize("name", ["residual", "twice"])
+@pytest.mark.table(every=2)
+@pytest.mark.parametrize("name", ["twice", "residual"])
 def test_reconstruction_lowers_the_error_of_a_network_and_plans_survive_json(name: str) -> None:
     model = settled(name)
     batches = batches_for(name)

@@ -117,7 +117,7 @@ def test_the_scale_of_a_layer_decides_nothing(name: str, scale: float) -> None:
 @pytest.mark.parametrize("share", JOINT)
 @pytest.mark.parametrize(
     ("kind", "same", "weighted"),
-    [("linear", True, True), ("conv2d-grouped", False, False), ("transposed2d", False, True)],
+    [("linear", True, True), ("conv2d-grouped", False, False), ("transposed1d", False, True)],
 )
 def test_units_of_shared_layers_decide_nothing(kind: str, share: str, same: bool, weighted: bool) -> None:
     group, layers, inputs = small_group(kind, weighted=weighted, same_input=same)
@@ -249,6 +249,7 @@ def test_what_is_stated_is_true_in_any_units(scale: float) -> None:
     assert entry.error == pytest.approx(true, rel=0.03)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["low rank", "sparse"])
 def test_tabular_data_in_its_own_units(name: str) -> None:
     torch.manual_seed(0)
@@ -283,6 +284,7 @@ def test_units_of_removed_channels_decide_nothing() -> None:
     torch.testing.assert_close(torch.tensor(curves[0].errors), torch.tensor(curves[1].errors), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_rescaling_rounds_sends_no_search_another_way(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors that are no powers of two round the weights; a search for entries is no longer decided by that."""

@@ -58,6 +58,7 @@ def test_weights_are_read_by_name_and_damaged_files_told_by_it(folder: Path) -> 
         st.load(make(), weights)
 
 
+@pytest.mark.slow
 def test_onnx_is_checked_under_any_name(folder: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -87,6 +87,7 @@ def test_what_exporters_say_of_themselves_and_of_others_is_dropped(exporter, cap
     assert not [record for record in caplog.records if record.name.startswith("torch.onnx")]
 
 
+@pytest.mark.table(every=2)
 def test_a_fixed_batch_size(exporter, net):
     write, path = exporter
     assert write(net, torch.randn(1, 3, 8, 8), path, dynamic_batch=False) < 1e-4
@@ -180,6 +181,7 @@ def test_onnx_has_the_two_parts_of_complex_outputs(tmp_path):
     assert torch.allclose(loaded(path)(x=example), torch.view_as_real(model(example)), atol=1e-5)
 
 
+@pytest.mark.table(every=2)
 def test_an_input_that_the_model_does_not_use(exporter):
     write, path = exporter
     batch = {"ids": torch.randint(20, (3, 6)), "unused": torch.rand(3), "mask": torch.rand(3, 6)}

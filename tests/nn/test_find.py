@@ -220,6 +220,7 @@ def test_a_module_under_two_names_is_one_site():
     assert not len(find(model, skip="b"))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("methods", [None, [st.PrincipalFilters()]])
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.ConvTranspose1d])
 def test_sizes_are_those_of_weights_that_were_cut_by_hand(kind: Any, methods: Any) -> None:

@@ -514,8 +514,8 @@ def test_nothing_is_left_of_a_pass_with_gradients():
         answer.sum().backward()
         tensors += [weakref.ref(x), weakref.ref(answer)]
         del x, answer
-        gc.collect()
-        assert all(tensor() is None for tensor in tensors)
+    gc.collect()
+    assert all(tensor() is None for tensor in tensors)
 
 
 def test_a_copy_in_the_middle_of_a_pass_starts_afresh():

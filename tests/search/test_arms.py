@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Mapping
@@ -290,9 +291,23 @@ def test_a_table_is_the_sum_of_its_methods() -> None:
     assert low_rank.methods == plain.methods
 
 
+@functools.cache
+def smallest() -> tuple[st.Result, list[tuple[bool, float]]]:
+    """Of any set; and of each network on the way whether its set removes channels, and its multiplications."""
+    carried: list[tuple[bool, float]] = []
+    whole = shrinking.carried
+
+    def noted(model: Any, prepared: Any, draft: Any) -> Any:
+        carried.append((any(method.removes_channels for method in draft.making.methods), draft.plan.costs["macs"]))
+        return whole(model, prepared, draft)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shrinking, "carried", noted)
+        return st.compress(network(), BATCHES, methods="auto", min_agreement=0.9, sensitivity=False), carried
+
+
 def test_the_smallest_network_of_any_arm_holds_the_tolerance() -> None:
-    model = network()
-    result = st.compress(model, BATCHES, methods="auto", min_agreement=0.9, sensitivity=False)
+    model, (result, _) = network(), smallest()
     verdict = result.report.verdict
     assert verdict is not None
     assert verdict.agreed is not None
@@ -309,17 +324,9 @@ def test_the_smallest_network_of_any_arm_holds_the_tolerance() -> None:
     assert not any(arm.chosen for arm in over.report.arms)
 
 
-def test_sets_compete_from_the_size_that_the_first_reached_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_compete_from_the_size_that_the_first_reached_on() -> None:
     """No other set makes a network that is larger; one that fell short is not asked for a smaller one."""
-    carried: list[tuple[bool, float]] = []
-    whole = shrinking.carried
-
-    def noted(model: Any, prepared: Any, draft: Any) -> Any:
-        carried.append((any(method.removes_channels for method in draft.making.methods), draft.plan.costs["macs"]))
-        return whole(model, prepared, draft)
-
-    monkeypatch.setattr(shrinking, "carried", noted)
-    result = st.compress(network(), BATCHES, methods="auto", min_agreement=0.9, sensitivity=False)
+    result, carried = smallest()
     first = [macs for removes, macs in carried if not removes]
     others = [macs for removes, macs in carried if removes]
     reached = result.report.arms[0].costs["macs"]

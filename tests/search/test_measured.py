@@ -132,15 +132,15 @@ def test_a_network_slower_than_dense_is_refused_under_guard_alone(monkeypatch):
 )
 def test_why_no_smaller_network_could_be_had_is_told(monkeypatch, options, said):
     """Rather than that none holds the tolerance."""
-    result = compressed(Clock(monkeypatch, dict.fromkeys("0123", 2.0)), None, min_agreement=0.01, **options)
+    result = compressed(Clock(monkeypatch, dict.fromkeys("0123", 2.0)), None, 2, min_agreement=0.01, **options)
     assert not result.plan.changed
     assert any(re.search(said, note) for note in result.report.notes)
 
 
 def test_the_smallest_by_milliseconds_is_on_time(monkeypatch):
     """A network that misses its limit is none that holds, though it loses no more than it may."""
-    result = compressed(Clock(monkeypatch, dict.fromkeys("0123", -0.02)), None, min_agreement=0.01, cost="latency",
-                        guard=False)  # fmt: skip
+    result = compressed(Clock(monkeypatch, dict.fromkeys("0123", -0.02)), None, 2, min_agreement=0.01,
+                        cost="latency", guard=False)  # fmt: skip
     assert not any("NOT met" in said for said in result.report.sentences)
     assert result.plan.changed or any("ms measured for" in note for note in result.report.notes)
 

@@ -227,6 +227,7 @@ def test_a_cost_that_the_network_does_not_have_may_be_limited() -> None:
         select_in_steps(sites, [FILTERS], st.Budget(joules=0.5), costs={"joules": lambda specs: 0.0})
 
 
+@pytest.mark.slow
 def test_no_layer_is_asked_twice_with_the_same_channels_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: collections.Counter[tuple[str, bytes]] = collections.Counter()
     own = st.ActivationSVD.curve

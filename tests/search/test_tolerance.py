@@ -202,6 +202,7 @@ def test_a_judge_without_a_metric_takes_the_divergence_of_classes() -> None:
     assert Judge().verdict(MODEL, agreed).loss == agreed.divergence > 0
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_turned_round_is_told_of() -> None:
     def mistakes(model: nn.Module) -> float:
         return 100 - accuracy(model)

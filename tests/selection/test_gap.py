@@ -82,6 +82,7 @@ def test_bound_optimum_and_value_are_in_order(
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("costs", [1, 2])
 def test_many_sites_have_a_small_proven_gap(costs: int) -> None:
     whole = table(110, 15, costs, 5)

@@ -386,7 +386,7 @@ def long_table() -> Candidates:
     return make_table(*rows, macs=1e6)
 
 
-@pytest.mark.table(every=2)
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize("fraction", [0.15, 0.3, 0.5, 0.8])
 def test_lagrangian_is_close_to_exact_on_longer_tables(fraction: float) -> None:
     table, budget = long_table(), Budget(macs=fraction)

@@ -152,6 +152,7 @@ def test_without_learning_it_is_one_choice_on_the_weights_as_they_are() -> None:
     assert [e.choice for e in by_weight.plan] == [e.choice for e in st.select(bare, BUDGET)]
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("metric", [False, True])
 def test_learning_that_does_harm_gives_way_to_what_compress_makes(metric: bool) -> None:
     # Steps that are far too large.
@@ -307,17 +308,18 @@ def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"checkpoint": tmp_path, "energy": "weight", "calibration": None}
     with pytest.raises(Stop):
-        learn(Stopping(10), checkpoint=tmp_path)
+        learn(Stopping(10), **settings)
     with pytest.raises(CheckpointError, match="belongs to another run: budget was "):
-        learn_ranks(Residual(), loader(), st.Budget(parameters=0.6), **options(checkpoint=tmp_path))
+        learn_ranks(Residual(), loader(), st.Budget(parameters=0.6), **options(**settings))
     with pytest.raises(CheckpointError, match=r"lr was 0\.02 and is 0\.01"):
-        learn(checkpoint=tmp_path, learning=Recipe(epochs=4, lr=0.01, checkpoint_every=2))
+        learn(**settings, learning=Recipe(epochs=4, lr=0.01, checkpoint_every=2))
     with pytest.raises(CheckpointError, match=r"belongs to another model .*stem\.weight is \(8, 1, 3, 3\)"):
-        learn_ranks(Residual(width=6), loader(), BUDGET, **options(checkpoint=tmp_path))
+        learn_ranks(Residual(width=6), loader(), BUDGET, **options(**settings))
     (tmp_path / "learning.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        learn(checkpoint=tmp_path)
+        learn(**settings)
 
 
 @pytest.mark.slow
@@ -339,6 +341,7 @@ def test_the_given_model_is_the_teacher_unless_there_is_another(monkeypatch: pyt
     assert seen == [(model, None)] * 2 + [(other, None)] * 2 + [(None, loss)] * 2
 
 
+@pytest.mark.slow
 def test_the_table_of_a_result_selects_networks_that_can_be_built() -> None:
     model, batches = Residual(), loader()
     result = learn_ranks(model, batches, BUDGET, **options())

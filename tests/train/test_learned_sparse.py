@@ -96,7 +96,10 @@ def test_low_rank_plus_sparse_is_chosen_where_it_is_the_truth() -> None:
 # The C step.
 
 
-@pytest.mark.parametrize(("network", "energy"), [("mlp", "weight"), ("residual", "output")])
+@pytest.mark.parametrize(
+    ("network", "energy"),
+    [("mlp", "weight"), ("mlp", "output"), pytest.param("residual", "output", marks=pytest.mark.slow)],
+)
 def test_copies_are_those_of_the_method_and_the_budget_holds(network: str, energy: str) -> None:
     model = settled(network)
     sites = st.calibrate(model, st.find(model), batches_for(network))

@@ -35,7 +35,7 @@ def inputs() -> Tensor:
 @pytest.mark.parametrize("size", [1, 4])
 def test_layers_are_in_the_order_of_execution_whichever_batch_reaches_them_first(inputs: Tensor, size: int) -> None:
     model = Experts().eval()
-    names = [site.name for site in st.calibrate(model, st.find(model), list(inputs.split(size)))]
+    names = [site.name for site in st.calibrate(model, st.find(model), list(inputs[:80].split(size)))]
     assert names.index("gate") == 0
     assert names.index("out") == len(names) - 1
     assert all(names.index(f"experts.{n}.0") < names.index(f"experts.{n}.2") for n in range(4))
@@ -45,7 +45,7 @@ def test_experts_lose_the_same_however_samples_are_cut(inputs: Tensor) -> None:
     model = Experts().eval()
     lost = []
     with torch.no_grad():
-        for size in (200, 3):
+        for size in (200, 8):
             small = st.compress(
                 model, list(inputs.split(size)), "parameters=60%", methods=st.ActivationSVD(), sensitivity=False,
                 skip=["gate"],

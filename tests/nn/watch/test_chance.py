@@ -51,7 +51,10 @@ def error(model: nn.Module, small: nn.Module) -> float:
         return float((model(x, order) - small(x, order)).norm() / model(x, order).norm())
 
 
-@pytest.mark.parametrize("methods", [None, [st.PrincipalFilters(), st.ActivationSVD()], [st.LowRankPlusSparse()]])
+@pytest.mark.parametrize(
+    "methods",
+    [None, [st.PrincipalFilters(), st.ActivationSVD()], [st.LowRankPlusSparse(densities=(0.0, 0.2), ranks=3, turns=4)]],
+)
 def test_layers_are_fitted_to_what_the_model_gives_for_the_same_numbers(methods: Any) -> None:
     model = Hides().eval()
 

@@ -103,9 +103,9 @@ def test_what_is_drawn_of_samples_is_the_same_in_any_units_batches_and_order(
     one = drawn(x, x.split(4))
     assert len({tuple(each) for each in one[0]}) > 40
     assert sum(one[1]) == 6
-    for units in (1 / 255, 1000.0, 2.0**-9, torch.tensor([1e-3, 3.0, 7e4]).reshape(3, 1, 1)):
-        for size in (1, 4, len(x)):
-            assert drawn(x * units, (x * units).split(size)) == one
+    channels = torch.tensor([1e-3, 3.0, 7e4]).reshape(3, 1, 1)
+    for units, size in ((1 / 255, 1), (1000.0, 4), (2.0**-9, len(x)), (channels, 4)):
+        assert drawn(x * units, (x * units).split(size)) == one
     places, held, looked_at = drawn(x, x[order].split(5))
     assert places == [one[0][n] for n in order]
     assert held == [one[1][n] for n in order]

@@ -152,6 +152,7 @@ class Token(nn.Module):
         return self.b(torch.where(mask, self.a(torch.where(mask.mT, x, 0)).mT, 0) if x.shape[1] == 8 else self.a(x))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("convolves", [False, True])
 @pytest.mark.parametrize("named", [False, True])
 def test_no_number_in_padding_changes_anything(convolves: bool, named: bool) -> None:

@@ -99,7 +99,8 @@ class DeepStacked(Deep):
     forward = Stacked.forward  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("kind", [Deep, DeepStacked])
+@pytest.mark.table(every=2)
+@pytest.mark.parametrize("kind", [DeepStacked, Deep])
 def test_lists_and_tensors_are_compressed_alike(kind: type[Deep]) -> None:
     torch.manual_seed(0)
     model = kind()
