@@ -64,8 +64,9 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     def row(kept: float, arm: str) -> dict[str, Any]:
         given = dense()
         arms = [each for each in given.arms if arm in (AUTO, each.name)]
+        alone = dataclasses.replace(given.prepared, curves={})  # what is offered is found anew, as in a call of its own
         start = time.process_time()
-        result = shrink_best(given.model, given.prepared, Budget(macs=kept), arms, Judge(), Making())
+        result = shrink_best(given.model, alone, Budget(macs=kept), arms, Judge(), Making())
         seconds = given.seconds(arms) + time.process_time() - start
         found = {
             "network": network, **_judged(result), "macs": result.plan.costs["macs"], "cpu_s": round(seconds, 1),
