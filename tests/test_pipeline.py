@@ -264,6 +264,18 @@ def test_within_a_tolerance_too_other_sets_compete_below_what_low_rank_can_reach
     assert not any("methods='auto'" in note for note in st.compress(model, batches, "macs=95%").report.notes)
 
 
+def test_seconds_limit_what_competes_after_the_default_and_nothing_that_was_named() -> None:
+    model, batches = depthwise(), list(torch.randn(64, 3, 8, 8).split(32))
+    result = st.compress(model, batches, min_agreement=1e-9, seconds=0)
+    first, *others = result.report.arms
+    assert (first.name, first.chosen, first.costs) == ("low rank", True, result.plan.costs)
+    assert all(arm.note == "not tried, as 0 s were over" for arm in others)
+    assert any("the search ended after 0 s" in note for note in result.report.notes)
+    for said in ({"methods": st.ActivationSVD()}, {"groups": False}):
+        with pytest.raises(ValueError, match=r"seconds=3 limits how long.*methods='auto'"):
+            st.compress(model, batches, "macs=90%", seconds=3, **said)
+
+
 def test_where_low_rank_reaches_further_than_the_tolerance_nothing_else_competes() -> None:
     model = settled("cnn")
     result = st.compress(model, batches_for("cnn"), min_agreement=0.99)

@@ -143,6 +143,6 @@ def _check_competing(
         refuse(context, {*named, "multiple_of", "plan", *_SHARING}, f"does not combine with {how}")
         if inputs.data is None:
             raise UsageError("networks compete on held-out calibration samples: give --data")
-    elif goal.seconds is not None:
+    elif goal.seconds is not None and methods.said:
         limits = f"--seconds {goal.seconds:g} limits how long sets of methods compete"
-        raise UsageError(f"{limits}: give --method {AUTO} too")
+        raise UsageError(f"{limits}: give --method {AUTO}, or no method")

@@ -269,7 +269,7 @@ class GoalOptions(Checked):
         default=False,
         flags=("--compete",),
     )
-    seconds: float | None = option("With --method auto: begin nothing further after so long.", "S")
+    seconds: float | None = option("Where sets of methods compete: begin nothing further after so long.", "S")
     cost: list[str] | None = costs_option()
     recipe: str | None = option(
         "Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the responses' "

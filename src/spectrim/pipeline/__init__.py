@@ -107,8 +107,8 @@ def compress(
         standard error the one with fewest layers, or fewest milliseconds where they are measured. With a tolerance the
         first set is searched in full, and the others for what is smaller than it reached.
     seconds
-        With ``methods="auto"``: nothing further is planned or carried out after so long. What is being planned after
-        half of it is given up between two layers, but for the first plan, which is always carried out.
+        Where sets of methods compete: nothing further is planned or carried out after so long. What is being planned
+        after half of it is given up between two layers, but for the first plan, which is always carried out.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups
@@ -169,7 +169,7 @@ def compress(
     stated.check([*COSTS, *counted.further(costs)])
     competing = isinstance(methods, str) and methods == "auto"
     sets = Sets.of(auto=competing, said=methods is not None or groups is not None)
-    _check_search(selector, seconds, groups, competing)
+    _check_search(selector, seconds, groups, sets)
     check_options(groups, latency, guard)
     several, shared = (None, False) if competing else methods_on_offer(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
@@ -215,14 +215,17 @@ def check_selector(selector: object) -> None:
     check_function("selector", selector, ("a table", "a budget"), wanted)
 
 
-def _check_search(selector: object, seconds: object, groups: object, competing: bool) -> None:
+def _check_search(selector: object, seconds: object, groups: object, sets: Sets) -> None:
     """Raise TypeError or ValueError for what is no selector, and no limit on the time of a search."""
     check_selector(selector)
     if seconds is not None and not (isinstance(seconds, Real) and float(seconds) >= 0):
         raise ValueError(f"seconds is {seconds!r}: expected a number of at least 0")
-    if seconds is not None and not competing:
-        raise ValueError(f"seconds={seconds!r} limits how long sets of methods compete: give methods='auto' too")
-    if competing and groups is not None:
+    if seconds is not None and sets is Sets.NAMED:
+        raise ValueError(
+            f"seconds={seconds!r} limits how long sets of methods compete: give methods='auto' too, or leave methods "
+            "and groups out"
+        )
+    if sets is Sets.ALL and groups is not None:
         raise ValueError(
             f"methods='auto' decides by itself where layers share factors, and takes no groups={groups!r:.80}: leave "
             "out one of them"
