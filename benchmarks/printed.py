@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.environment import ROOT
 
-PAGES = (ROOT / "docs" / "tutorials" / "what-each-method-is-for.md",)
+PAGES = tuple(ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("what-each-method-is-for", "tolerance"))
 _BLOCK = re.compile(r"^(```python\n(.*?)^```\n)(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 

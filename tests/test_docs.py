@@ -70,6 +70,7 @@ LONG = (
     "shipping",
     "step-by-step",
     "text-detector",
+    "tolerance",
     "what-each-method-is-for",
 )
 

@@ -115,7 +115,7 @@ def test_an_optimizer_is_not_emptied_for_a_network_it_has_nothing_to_do_with() -
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"seconds": 5}, "give methods='auto' too"),
+        ({"seconds": 5, "groups": False}, "give methods='auto' too"),
         ({"methods": "auto", "groups": True}, "takes no groups=True"),
         ({"methods": "Auto"}, "methods='auto', in small letters"),
     ],

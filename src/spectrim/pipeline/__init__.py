@@ -157,9 +157,10 @@ def compress(
     With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
     network and corrected, up to eight times, until it is within 3 % of the budget.
 
-    With a tolerance and no budget about ten networks are selected from one table, carried out and judged, and the
-    smallest that held is returned. That it held is measured on the samples that it was chosen by: on others the drop
-    differs by chance, the more the fewer samples there are. Where none holds, the dense network is returned.
+    With a tolerance and no budget about ten networks are selected from one table, carried out and judged, by other sets
+    of methods too where the default's have come to their smallest, and the smallest that held is returned. That it held
+    is measured on the samples that it was chosen by: on others the drop differs by chance, the more the fewer samples
+    there are. Where none holds, the dense network is returned.
     """
     check_model(model)
     check_savable(model)
