@@ -240,7 +240,8 @@ def test_without_a_sparse_part_a_split_alternates(name: str) -> None:
     matrix = unfold(case.target.reshape(1, 8, *case.kernel), case.how)
     assert isinstance(case.metric, Full)
     start = lowrank.factors(matrix, lowrank.spectrum(matrix, case.metric.average, 3).basis, 3)[0]
-    left, right = response.alternate(matrix, case.metric, start, sweeps=5, steps=4)
+    left = response.alternate(matrix, case.metric, start, sweeps=5, steps=4)
+    right = response.refit(matrix, case.metric, left)
     weight = fold(left @ right, case.how, (8, *case.kernel)).reshape(1, 8, -1)
     assert found.error == pytest.approx(float(case.metric.energy(case.target - weight)), rel=1e-6)
     assert found.product is not None

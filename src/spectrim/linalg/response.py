@@ -194,32 +194,28 @@ def alternate(
     *,
     sweeps: int,
     steps: int = 8,
-) -> tuple[Float[Tensor, "g p r"], Float[Tensor, "g r c"]]:
-    """Improve both factors by turns: a few conjugate-gradient steps on the first, then the exact second.
+) -> Float[Tensor, "g p r"]:
+    """Improve the first factor by turns: the exact second one, then a few conjugate-gradient steps on the first.
 
     Parameters
     ----------
     sweeps
-        Rounds; 0 returns the refitted pair.
+        Rounds.
     steps
         Conjugate-gradient steps a round on the quadratic problem for the first factor.
 
     Returns
     -------
-    left, right
-        The objective is never larger than at the start.
+    left
+        The objective is never larger than at the start, with the exact second factor (:func:`refit`) for each.
     """
     seen = metric.seen(matrix)
-
-    def second(left: Tensor) -> Tensor:
-        return normal(matrix, metric, left, energy=False, seen=seen).solve()
-
-    target, right = metric.first_seen(seen), second(left)
+    target = metric.first_seen(seen)
     for _ in range(sweeps):
+        right = normal(matrix, metric, left, energy=False, seen=seen).solve()
         left = _lowered([target], [metric], left, [right], steps)
         left = left / left.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        right = second(left)
-    return left, right
+    return left
 
 
 def refit_first(

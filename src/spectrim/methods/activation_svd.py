@@ -93,7 +93,7 @@ class ActivationSVD(LowRankMethod):
         mixed = response.mix(matrix, weight)
         left, _ = lowrank.factors(mixed, spectrum.basis, rank)
         if not metric.separates:
-            left, _ = response.alternate(mixed, metric, left, sweeps=self.sweeps)
+            left = response.alternate(mixed, metric, left, sweeps=self.sweeps)
         # The best second factor for a given first one does not depend on the weight of the outputs.
         return left, response.refit(matrix, metric, left)
 
