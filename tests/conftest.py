@@ -26,12 +26,15 @@ class Checks:
     """
 
     def __init__(self, jaxtyped: Callable[..., Any]) -> None:
-        self.jaxtyped, self.limit, self.calls = jaxtyped, 0, collections.Counter[Callable[..., Any]]()
+        self.jaxtyped, self.limit = jaxtyped, 0
+        self.of: object = None
+        self.calls = collections.Counter[Callable[..., Any]]()
 
-    def start(self, limit: int) -> None:
-        """A test begins: so many calls of each function are checked."""
-        self.limit = limit
-        self.calls.clear()
+    def start(self, limit: int, of: object) -> None:
+        """A test begins: so many calls of each function are checked, unless they were in another test of the same."""
+        if of != self.of:
+            self.calls.clear()
+        self.limit, self.of = limit, of
 
     def decorator(self, **typechecker: Any) -> Callable[..., Any]:
         """What stands in for ``jaxtyping.jaxtyped`` in the modules that are checked."""
@@ -119,8 +122,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _shapes(request: pytest.FixtureRequest) -> None:
-    """Shapes are checked in the tests of the mathematics and of the methods, which call all of it."""
-    CHECKS.start(SHAPE_CHECKS if request.path.parent.name in ("linalg", "network", "methods") else 0)
+    """Shapes are checked in every test of the mathematics, and once in each file about those who call it."""
+    folder = request.path.parent.name
+    of = request.node.nodeid if folder == "linalg" else request.path
+    CHECKS.start(SHAPE_CHECKS if folder in ("linalg", "network", "methods") else 0, of)
 
 
 @pytest.fixture(autouse=True)

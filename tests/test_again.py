@@ -127,6 +127,7 @@ def test_sites_of_pairs_are_the_layers_they_stand_for() -> None:
     assert [site.name for site in find(model, parts=True)] == ["0", "2.0", "2.1", "5.0", "5.1", "7"]
 
 
+@pytest.mark.slow
 def test_other_methods_compete_for_pairs_and_learned_ranks_refuse_them_by_name(
     once: st.Result, batches: list[Tensor]
 ) -> None:
@@ -221,6 +222,7 @@ def test_channels_go_from_pairs_whose_first_layer_gets_a_bias(batches: list[Tens
     assert torch.equal(loaded(batches[0]), twice.model(batches[0]))
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("method", [SPARSE, st.JointSVD("both", sweeps=2)], ids=lambda m: type(m).__name__)
 def test_what_has_to_be_merged_first_says_so(method: st.Method) -> None:
     torch.manual_seed(0)

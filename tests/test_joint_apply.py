@@ -194,6 +194,7 @@ def test_merged_it_computes_the_same_in_the_original_layers(net: str, methods: s
         torch.testing.assert_close(merged(held.batches[0]), small(held.batches[0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(("net", "methods"), [("convolutions", "both"), ("attention", "mixed")])
 def test_a_plan_from_a_file_gives_the_same_bits_also_on_sites_without_groups(net: str, methods: str, tmp_path) -> None:
     held, plan = case(net), planned(net, methods)

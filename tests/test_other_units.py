@@ -100,6 +100,7 @@ def test_no_choice_and_no_output_changes(
     assert float((wanted - given).norm() / wanted.norm()) < 1e-3
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("methods", [None, [st.ActivationSVD()]], ids=["default", "low rank"])
 def test_inputs_and_hidden_channels_of_every_layer_in_units_of_their_own(methods: list[st.Method] | None) -> None:
     """Over 12 decades: the same samples are held out, sharing is not taken for cheap, and what is gained is weighed."""
@@ -153,6 +154,7 @@ def test_the_order_of_what_a_recurrent_layer_hands_on_decides_nothing() -> None:
     assert float((wanted - given).norm() / wanted.norm()) < 1e-3
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("change", [hidden_turned, hidden_permuted], ids=lambda change: change.__name__)
 def test_of_sixteen_bits_the_same_is_lost(change: Callable[[Any, Tensor], Changed]) -> None:
     """Sums of sixteen bits in another order may be other ones by 1 %."""

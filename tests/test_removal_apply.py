@@ -87,7 +87,7 @@ def gap(small: nn.Module, model: nn.Module, x: Tensor) -> float:
     return float((small.eval()(x) - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean())
 
 
-@pytest.mark.table(every=3)
+@pytest.mark.table(every=5)
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_are_those_of_the_plan_and_correction_keeps_what_the_network_computes(name: str):
     model, x, sites = calibrated(name)
@@ -146,7 +146,7 @@ def test_a_narrowed_encoder_runs_by_the_kernels_that_it_runs_by_once_it_is_loade
         assert torch.equal(result.model(x), loaded(x))
 
 
-@pytest.mark.table(every=3)
+@pytest.mark.table(every=5)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("given", [True, False])
 def test_a_checkpoint_loads_into_the_users_constructor_bit_for_bit(name: str, given: bool, tmp_path):

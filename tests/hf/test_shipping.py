@@ -310,6 +310,7 @@ def test_merging_loses_no_bias_on_the_way(name: str, tmp_path: Path) -> None:
     assert (record is not None) == bool(spare)
 
 
+@pytest.mark.slow
 @pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_biases_without_a_place_are_folded_into_the_weights(name: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_methods_keep_the_contract(method: Method, kind: str) -> None:
     assert check_method(method, layers=[kind]) >= 2
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("method", FEW, ids=named)
 def test_the_contract_holds_in_bfloat16(method: Method) -> None:
     assert check_method(method, layers=["conv2d"], dtype=torch.bfloat16, tolerance=0.03, slack=0.2) > 0

@@ -24,7 +24,7 @@ from spectrim.testing.layers import small_group
 from tests.cases import LAYERS, small_site
 
 
-@pytest.mark.table(every=4)
+@pytest.mark.table(every=6)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_methods_keep_the_contract_on_every_layer_kind(kind: str) -> None:
     kernel = small_site(kind, calibrated=False)[0].spec.kernel

@@ -73,7 +73,7 @@ READ_BY = [
 ]  # fmt: skip
 
 
-@pytest.mark.table(every=3)
+@pytest.mark.table(every=5)
 @pytest.mark.parametrize("rule", ["reconstruction", "l1-max"])
 @pytest.mark.parametrize(("name", "channels", "layer"), READ_BY)
 def test_errors_are_those_measured_on_the_calibration_inputs(name: str, channels: str, layer: str, rule: str) -> None:

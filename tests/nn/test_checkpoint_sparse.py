@@ -364,7 +364,7 @@ def test_a_sum_keeps_its_parts_apart(tmp_path):
 PATTERNS = ("unstructured", "rows", "2:4", "2x2", "channels", "taps")
 
 
-@pytest.mark.table(every=2)
+@pytest.mark.table(every=4)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_what_apply_returns_takes_the_bytes_of_its_plan(name, tmp_path):
     model, batches = settled("residual"), batches_for("residual")

@@ -228,6 +228,7 @@ def test_a_file_that_computes_something_else_is_not_kept(exporter, monkeypatch, 
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_run_is_not_kept(tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -135,7 +135,9 @@ IDS = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(0))
         lambda model: counted_macs(model, IDS),
         lambda model: accuracy(model, [(IDS, torch.zeros(4, 5, dtype=torch.long))] * 2),
         lambda model: st.export_program(model, IDS, "program.pt2", dynamic_batch=False, tolerance=1e9),
-        lambda model: st.compress(model, [IDS], "macs=70%", guard=True, sensitivity=False),
+        lambda model: st.compress(
+            model, [IDS], "macs=70%", methods=st.WeightSVD(multiple_of=16), guard=True, sensitivity=False
+        ),
     ],
 )
 def test_what_passes_write_into_a_model_is_gone_after_they_were_timed_or_counted(run, tmp_path, monkeypatch):

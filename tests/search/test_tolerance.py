@@ -157,6 +157,7 @@ def test_where_nothing_holds_no_layer_pays_for_the_text_in_a_file() -> None:
     assert st.Plan.from_json(result.plan.to_json()) == result.plan
 
 
+@pytest.mark.slow
 def test_a_budget_beyond_the_tolerance_says_which_budget_holds() -> None:
     with pytest.raises(ToleranceError, match=r"NOT met.*macs=\d+.*% holds it") as caught:
         compress(budget="macs=25%", max_drop=10.0, evaluate=accuracy)

@@ -42,6 +42,7 @@ def same(one: LearnedResult, other: LearnedResult) -> None:
             assert dataclasses.replace(mine, seconds=0) == dataclasses.replace(theirs, seconds=0)
 
 
+@pytest.mark.slow
 def test_statistics_rest_on_as_many_rows_as_are_asked_for() -> None:
     steps = options(skip="stem") | {"learning": Recipe(epochs=0), "tuning": Recipe(epochs=0)}
     counts = [
@@ -307,6 +308,7 @@ def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
     assert timeless(records) == timeless(expected.trajectory.records), f"checkpoints at {steps}"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"checkpoint": tmp_path, "energy": "weight", "calibration": None}
     with pytest.raises(Stop):

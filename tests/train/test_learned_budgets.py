@@ -80,8 +80,8 @@ def test_every_c_step_meets_the_budget_and_knows_its_multiplier(cost: str) -> No
     assert parameter_count(small) == final.costs["parameters"]
 
 
-@pytest.mark.table(every=2)
-@pytest.mark.parametrize(("overhead", "factor"), [(0.0, 1.0), (0.4, 1.0), (0.4, 1.3)])
+@pytest.mark.table(every=3)
+@pytest.mark.parametrize(("overhead", "factor"), [(0.4, 1.3), (0.0, 1.0), (0.4, 1.0)])
 def test_the_final_network_meets_a_latency_budget_as_measured(monkeypatch, overhead: float, factor: float) -> None:
     def count(model: nn.Module, example: Any) -> float:
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -88,6 +88,7 @@ class Clock:
         return found
 
 
+@pytest.mark.slow
 def test_milliseconds_are_of_the_whole_network(monkeypatch) -> None:
     clock = Clock(monkeypatch, overhead=2.0)
     net = Residual().eval()

@@ -59,6 +59,7 @@ def test_dense_latency_may_be_given() -> None:
     assert result.plan.dense_costs["latency"] == pytest.approx(9.0)
 
 
+@pytest.mark.slow
 def test_dense_latency_is_measured_in_the_layout_of_the_others(monkeypatch) -> None:
     from spectrim.nn.timing import Timing
 

@@ -62,6 +62,7 @@ def test_rank_zero_becomes_the_lowest_rank_and_ranks_that_do_not_pay_stay_dense(
     assert plan.costs["parameters"] == parameter_count(small) < parameter_count(model)
 
 
+@pytest.mark.slow
 def test_finish_with_batches_fits_the_factors_to_the_responses(tmp_path: Path) -> None:
     model, batches = settled("residual"), batches_for("residual")
     sites = st.sensitivity(model, st.calibrate(model, st.find(model), batches), batches)

@@ -87,7 +87,7 @@ def test_training_lowers_the_loss_and_keeps_what_is_shared(net: str, methods: st
     assert same_weights(st.load(type(held.model)(), path), model)
 
 
-@pytest.mark.table(every=2)
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize(("net", "methods"), TRAINED)
 def test_stopped_runs_end_equal(net: str, methods: str, tmp_path: Path) -> None:
     recipe = Recipe(epochs=3, lr=0.05, checkpoint_every=1, weight_decay=1e-3)
@@ -332,6 +332,7 @@ def test_a_price_in_place_of_a_budget_joins_layers_too() -> None:
     assert bool(ties(small)) == bool([e for e in plan if e.members and not e.choice.is_dense])
 
 
+@pytest.mark.slow
 @pytest.mark.table(every=2)
 @pytest.mark.parametrize("accelerate", [False, True])
 def test_a_stopped_run_of_learned_ranks_ends_equal(accelerate: bool, tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def _outputs(model: nn.Module, x: Any) -> list[Tensor]:
         return output_tensors(model(**x) if isinstance(x, dict) else model(x))
 
 
-@pytest.mark.table(every=2)
+@pytest.mark.table(every=4)
 @pytest.mark.parametrize("name", NETS)
 def test_what_is_left_computes_what_zeroed_heads_do(name: str):
     make, x, count = NETS[name]

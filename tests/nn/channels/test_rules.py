@@ -144,7 +144,7 @@ def test_what_is_narrowed_keeps_its_type_its_attributes_and_its_hooks():
 
 
 # Removal through a split, a shuffle of pixels, a reshape.
-@pytest.mark.table(every=2)
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize(
     "name", ["c2f", "c2f without a sum", "pixel shuffle", "unflatten", "frozen norm", "option a", "own number"]
 )

@@ -38,7 +38,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.table(every=3)
+@pytest.mark.table(every=5)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in (*OWN, *TRANSFORMERS)]
 )

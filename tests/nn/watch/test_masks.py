@@ -344,7 +344,9 @@ def _compressed() -> st.Result:
     return st.compress(Classifier().eval(), _padded(_sentences(60)), "parameters=80%")
 
 
-@pytest.mark.parametrize("form", _ALIKE)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow) if form == "one by one" else form for form in _ALIKE]
+)
 def test_padding_order_and_cut_change_no_choice_and_no_output(form: str) -> None:
     one, test = _compressed(), _padded(_sentences(20), 20)[0]
     two = st.compress(Classifier().eval(), _ALIKE[form](_sentences(60)), "parameters=80%")
