@@ -218,8 +218,8 @@ WORDS = {
         "Five networks and four tolerances of lost accuracy: whether what is returned holds on the held-out data that it "
         "was judged by, and its multiply-accumulates against the smallest network of a fine sweep of budgets that holds.",
         "at budgets that low rank cannot meet the sweep has all sets of methods compete, and on the perceptron filters hold "
-        "the tolerance with little more than half of the MACs. A tolerance asks the default's methods alone, and says that "
-        "others may need less. What is lost goes up and down with the size: once a smaller network held behind larger ones "
+        "the tolerance with little more than half of the MACs. A tolerance asks other sets only where the smallest network of "
+        "the default's methods holds it, and says elsewhere that they may need less. What is lost goes up and down with the size: once a smaller network held behind larger ones "
         "that did not.",
     ),
     "A1 (ResNet-20)": Words(

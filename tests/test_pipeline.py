@@ -277,6 +277,17 @@ def test_seconds_limit_what_competes_after_the_default_and_nothing_that_was_name
             st.compress(model, batches, "macs=90%", seconds=3, **said)
 
 
+def test_where_a_smaller_network_of_the_default_does_not_hold_nothing_else_competes() -> None:
+    model, batches = depthwise(), list(torch.randn(64, 3, 8, 8).split(32))
+    whole = sum(p.numel() for p in model.parameters())
+    most = {"max_drop": 0, "evaluate": lambda net: float(sum(p.numel() for p in net.parameters()) > 0.8 * whole)}
+    result = st.compress(model, batches, **most)
+    assert result.plan.costs["macs"] < result.plan.dense_costs["macs"]
+    assert not result.report.arms
+    (said,) = [note for note in result.report.notes if "methods='auto'" in note]
+    assert "cannot be met" in said
+
+
 def test_where_low_rank_reaches_further_than_the_tolerance_nothing_else_competes() -> None:
     model = settled("cnn")
     result = st.compress(model, batches_for("cnn"), min_agreement=0.99)

@@ -98,8 +98,8 @@ def compress(
         What the smallest network has least of, where there is a tolerance and no budget.
     methods
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default, and where these cannot meet the
-        budget, or make no network of a size that a tolerance's search tries, as with ``"auto"``. With one that removes
-        channels, these are found first (:func:`spectrim.couple`), the plan is made in steps
+        budget, or their smallest network holds a tolerance, as with ``"auto"``. With one that removes channels, these
+        are found first (:func:`spectrim.couple`), the plan is made in steps
         (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
         outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
         each is planned from one calibration, those make a whole network that their tables do not call hopeless, and the
@@ -158,7 +158,7 @@ def compress(
     network and corrected, up to eight times, until it is within 3 % of the budget.
 
     With a tolerance and no budget about ten networks are selected from one table, carried out and judged, by other sets
-    of methods too where the default's have come to their smallest, and the smallest that held is returned. That it held
+    of methods too where the smallest of the default's holds, and the smallest that held is returned. That it held
     is measured on the samples that it was chosen by: on others the drop differs by chance, the more the fewer samples
     there are. Where none holds, the dense network is returned.
     """

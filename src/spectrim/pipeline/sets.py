@@ -78,9 +78,9 @@ def reached(
             raise
         told(error.brief)
         return _widened(_by_all(model, goal, making, prepared(competing=True, known=known)), error.brief)
-    if within is None or not within.floor or sets is Sets.NAMED:
+    if within is None or not within.at_the_end or sets is Sets.NAMED:
         return result
-    why = within.floor
+    why = within.refused
     told(why)
     known = prepared(competing=True, known=known)
     return _widened(within.widened(known, usual(goal.limited, known.sites)), why)

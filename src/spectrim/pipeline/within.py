@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -37,12 +38,12 @@ class Within:
     ----------
     best
         The smallest network that was seen to hold; None if none was.
-    floor
+    refused
         Why the one set of methods makes no network of a size that was tried; empty if all could be had.
     """
 
     best: Result | None = None
-    floor: str = ""
+    refused: str = ""
 
     def __init__(
         self, model: nn.Module, goal: Goal, tolerance: Tolerance, making: Making, prepared: Prepared,
@@ -52,6 +53,7 @@ class Within:
         self.model, self.goal, self.tolerance, self.making = model, goal, tolerance, making
         self._began = time.monotonic()
         self._why = ""  # the last network could not be had, if it was not for the tolerance
+        self._fallen = math.inf  # the smallest network that could be had and does not hold
         self._competes(prepared, arms)
 
     def _competes(self, prepared: Prepared, arms: Sequence[Arm]) -> None:
@@ -78,12 +80,18 @@ class Within:
         self._in_full(budget.limits(self._first.dense))
         raise ToleranceError(_gate(budget, stated, self.best), self.best)
 
+    @property
+    def at_the_end(self) -> bool:
+        """Whether smaller networks cannot be had by the one set of methods, which the tolerance would let them be."""
+        smallest = math.inf if self.best is None else self.best.plan.costs[self._axis]
+        return bool(self.refused) and smallest <= self._fallen
+
     def widened(self, prepared: Prepared, arms: Sequence[Arm]) -> Result:
         """The network where other sets compete after all, from the size on that the first of the arms reached."""
         self._competes(prepared, arms)
         name = arms[0].name
         if self.best is None:
-            self._standings.refused(arms[:1], self._first.dense[self.goal.cost], self.floor)
+            self._standings.refused(arms[:1], self._first.dense[self.goal.cost], self.refused)
         else:
             verdict, plan = verdict_of(self.best), self.best.plan
             row = Tried(
@@ -91,14 +99,14 @@ class Within:
                 dense_costs=plan.dense_costs, chosen=True,
             )  # fmt: skip
             self.best = self.best.reporting(arms=(row,))
-        self.floor = ""
+        self.refused = ""
         self._others(tightest(self.goal.cost, self._first.dense))
         return self._concluded()
 
     def _in_full(self, limits: dict[str, float]) -> None:
         """Search the first set in full, then the others."""
         self.best = smallest(
-            limits, self._first.dense, self._made, self._holds, self._over, refused=self._refused,
+            limits, self._first.dense, self._made, self._holds, self._over, refused=self._not_made,
             progress=self.making.progress,
         )  # fmt: skip
         self._others(limits)
@@ -143,16 +151,19 @@ class Within:
             self._standings.refused(standing, size, error.brief)
             return None
 
-    def _refused(self, error: SpectrimError) -> None:
+    def _not_made(self, error: SpectrimError) -> None:
         self._why = error.brief
         if not self._arms and not isinstance(error, SlowerError):
-            self.floor = self._why
+            self.refused = self._why
 
     def _holds(self, result: Result) -> bool:
         log.info("%s: %s", result.plan.costs, self.tolerance.said(verdict_of(result)))
         self._why = _late(result) if self.goal.budget is None else ""
         verdict = self.tolerance.holds(verdict_of(result)) and not self._why
-        self._standings.take(result.report.arms, result.plan.costs[self._axis], verdict)
+        size = result.plan.costs[self._axis]
+        self._standings.take(result.report.arms, size, verdict)
+        if not verdict:
+            self._fallen = min(self._fallen, size)
         return verdict
 
     def _concluded(self) -> Result:
@@ -160,7 +171,7 @@ class Within:
         result, ended = self.best or self._dense(), self.goal.seconds if self._over() else None
         rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
         untried = not self._standings.rows and bool(self._arms)
-        why = self._why if self.best is None else self.floor
+        why = self._why if self.best is None else self.refused
         notes = _said_of_search(None if untried else self.best is not None, ended, why)
         arms = self._standings.told(result.report.arms, rest)
         return result.reporting(arms=arms, notes=(*notes, *result.report.notes))
