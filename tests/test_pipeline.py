@@ -200,6 +200,7 @@ def test_a_cost_of_the_users_own_is_limited_in_one_call(budget: str | dict, meth
     assert "watts" in str(result.report)
 
 
+@pytest.mark.slow
 def test_a_generous_budget_loses_little_and_a_tight_one_more() -> None:
     model, batches = settled("residual"), batches_for("residual")
     inputs = torch.cat(batches)

@@ -153,7 +153,7 @@ def test_without_learning_it_is_one_choice_on_the_weights_as_they_are() -> None:
     assert [e.choice for e in by_weight.plan] == [e.choice for e in st.select(bare, BUDGET)]
 
 
-@pytest.mark.table(every=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", [False, True])
 def test_learning_that_does_harm_gives_way_to_what_compress_makes(metric: bool) -> None:
     # Steps that are far too large.

@@ -73,6 +73,7 @@ def test_everything_else_is_left_as_found() -> None:
     assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index] # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_a_teacher_alone_teaches() -> None:
     """With all the weight on the teacher the labels do not matter."""
     teacher = Net(width=16, seed=1)
