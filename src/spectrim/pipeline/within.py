@@ -83,8 +83,8 @@ class Within:
     @property
     def at_the_end(self) -> bool:
         """Whether smaller networks cannot be had by the one set of methods, which the tolerance would let them be."""
-        smallest = math.inf if self.best is None else self.best.plan.costs[self._axis]
-        return bool(self.refused) and smallest <= self._fallen
+        size = math.inf if self.best is None else self.best.plan.costs[self._axis]
+        return bool(self.refused) and size <= self._fallen
 
     def widened(self, prepared: Prepared, arms: Sequence[Arm]) -> Result:
         """The network where other sets compete after all, from the size on that the first of the arms reached."""
