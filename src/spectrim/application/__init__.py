@@ -56,7 +56,8 @@ def apply(
         The dense model that the sites were found in; it is left untouched.
     sites
         From :func:`spectrim.calibrate` for methods that use activations; with couplings (:func:`spectrim.couple`) for
-        plans that remove channels.
+        plans that remove channels. Of these the ``sites`` of a result give its bits again: :func:`spectrim.compress`
+        leaves samples that it holds out out of their statistics, and ``calibrate`` knows none.
     plan
         From :func:`spectrim.select`, or read from a file.
     batches
