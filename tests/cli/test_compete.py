@@ -44,7 +44,9 @@ def test_where_low_rank_is_not_enough_sets_compete(run) -> None:
     ("options", "said"),
     [
         (("--input", "1x8x8", "--compete"), "give --data"),
-        ((*DATA, "--seconds", "5", "--method", "weight-svd"), "give --method auto, or no method"),
+        ((*DATA, "--seconds", "5", "--method", "weight-svd"), "give --method auto, or leave it out"),
+        ((*DATA, "--seconds", "5", "--multiple-of", "4"), "--seconds 5 limits how long sets of methods compete"),
+        ((*DATA, "--seconds", "5", "--no-share"), "--seconds 5 limits how long sets of methods compete"),
         ((*DATA, "--compete", "--method", "weight-svd"), "does not combine with --compete"),
         ((*DATA, "--method", "auto", "--method", "weight-svd"), "bring their own. Leave out --method auto"),
         ((*DATA, "--method", "auto", "--multiple-of", "4"), "does not combine with --method auto"),

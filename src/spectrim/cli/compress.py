@@ -137,12 +137,12 @@ def _check_competing(
     context: typer.Context, methods: Methods, goal: options.GoalOptions, inputs: options.InputOptions
 ) -> None:
     """Refuse what sets of methods that compete leave no room for."""
+    decided = {*(() if AUTO in methods else ("method",)), "multiple_of", "plan", *_SHARING}
     if AUTO in methods or goal.compete:
-        named = set() if AUTO in methods else {"method"}
         how = f"--method {AUTO}" if AUTO in methods else "--compete"
-        refuse(context, {*named, "multiple_of", "plan", *_SHARING}, f"does not combine with {how}")
+        refuse(context, decided, f"does not combine with {how}")
         if inputs.data is None:
             raise UsageError("networks compete on held-out calibration samples: give --data")
-    elif goal.seconds is not None and methods.said:
+    elif goal.seconds is not None:
         limits = f"--seconds {goal.seconds:g} limits how long sets of methods compete"
-        raise UsageError(f"{limits}: give --method {AUTO}, or no method")
+        refuse(context, decided, f"leaves none of them, and {limits}: give --method {AUTO}, or leave it out")
