@@ -145,4 +145,4 @@ def _check_competing(
             raise UsageError("networks compete on held-out calibration samples: give --data")
     elif goal.seconds is not None:
         limits = f"--seconds {goal.seconds:g} limits how long sets of methods compete"
-        refuse(context, decided, f"leaves none of them, and {limits}: give --method {AUTO}, or leave it out")
+        refuse(context, decided, f"leaves one set of methods, and {limits}: give --method {AUTO}, or leave it out")
