@@ -192,7 +192,7 @@ def prepare(
         sites = calibrated_and_weighed(model, sites, batches, sampling, feed, progress=watched)
     else:
         sites = calibrated(model, sites, batches, sampling, feed, statistics=statistics, progress=watched)
-        sites = weighed(model, sites, batches, mask=sampling.mask, forward=feed) if sensitivity else sites
+        sites = weighed(model, sites, batches, forward=feed) if sensitivity else sites
     if groups is not False:
         sites = group(sites, None if groups is True else groups)
     kept = batches if statistics else None

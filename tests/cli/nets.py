@@ -62,6 +62,25 @@ def unlabelled() -> list[Tensor]:
     return [images for images, _ in batches()]
 
 
+class Marked(nn.Module):
+    """Takes what says where data is, and makes no use of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = perceptron()
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def not_numbers_in_padding() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(32, 6, 8, generator=generator)
+    keep = torch.arange(6) < torch.randint(2, 7, (32, 1), generator=generator)
+    inputs[~keep] = torch.nan
+    return [{"x": x, "keep": some} for x, some in zip(inputs.split(8), keep.split(8), strict=True)]
+
+
 def triples() -> list[tuple[Tensor, Tensor, Tensor]]:
     return [(images, labels, labels) for images, labels in batches()]
 

@@ -352,6 +352,15 @@ def test_a_mask_that_no_batch_holds_is_told_before_the_work(run):
     assert "calibrate" not in said
 
 
+@pytest.mark.parametrize("command", ["compress", "sweep", "profile"])
+def test_nan_in_padding_that_a_mask_tells_of_counts_nowhere(run, command: str):
+    said = [command, "nets:Marked", "--data", "nets:not_numbers_in_padding", "--mask", "keep"]
+    document = run.json(*said, *([] if command == "profile" else ["-b", "macs=60%", "-o", "made"]))
+    numbers = json.dumps(document)
+    assert "NaN" not in numbers
+    assert "Infinity" not in numbers
+
+
 def test_a_stop_before_there_is_anything_promises_nothing(run, monkeypatch: pytest.MonkeyPatch):
     def stopped() -> None:
         raise KeyboardInterrupt

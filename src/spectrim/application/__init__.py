@@ -15,8 +15,7 @@ from spectrim.errors import called_as
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.progress import Progress, reports
 from spectrim.selection.plan import Plan
@@ -101,7 +100,7 @@ def apply(
     """
     applied = carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm,
-        forward=Feed.of(forward, samples, mask), sampling=Sampling(rows, positions, mask), memory=memory,
+        forward=Feed.of(forward, samples, mask), sampling=Sampling(rows, positions), memory=memory,
         progress=progress,
     )  # fmt: skip
     for note in applied.notes:

@@ -132,7 +132,8 @@ def compress_by_learning(out: Output, run: RankRun, files: FileOptions) -> None:
     out.left = f"the same call goes on with the training that is kept in {held.folder}"
     result = learn_ranks(
         on.dense, on.training, run.budgets[0] if run.points else None, calibration=on.calibration,
-        checkpoint=held.folder, latency=on.latency, progress=out.shows, **run.options(), **on.sampling.options,
+        checkpoint=held.folder, latency=on.latency, progress=out.shows, mask=on.feed.layout.mask, **run.options(),
+        **on.sampling.options,
     )  # fmt: skip
     if scores:
         scores.append(("learned ranks", on.score(result.model)))

@@ -100,7 +100,8 @@ def path(
 
     budget_path(
         work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,
-        latency=work.latency, progress=out.shows, done=done, **run.options(), **work.sampling.options,
+        latency=work.latency, progress=out.shows, done=done, mask=work.feed.layout.mask, **run.options(),
+        **work.sampling.options,
     )  # fmt: skip
     out.document({**found, "folder": str(folder), "files": {name: str(file) for name, file in files.items()}})
     _print(out, found)

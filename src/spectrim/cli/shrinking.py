@@ -84,9 +84,12 @@ class Request:
     goal: GoalOptions  # how small, as it was said
     sets: Sets  # which sets of methods may make the network
 
-    def making(self, progress: Progress = silent) -> Making:
+    def making(self, work: Subject, progress: Progress = silent) -> Making:
         """How a network is made, with the methods that were asked for."""
-        return Making(self.methods, guard=self.goal.guard, costs=self.costs, selector=self.selector, progress=progress)
+        return Making(
+            self.methods, guard=self.goal.guard, costs=self.costs, selector=self.selector, forward=work.feed,
+            progress=progress,
+        )  # fmt: skip
 
     @classmethod
     def read(
@@ -153,7 +156,7 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Subject, tuning: Re
     held = RunFolder(folder / UNFINISHED, record, written)
     if (data := work.calibration) is not None:
         then = held.known("samples")
-        now, alike = read_again(then, lambda: contents(work.dense, data, mask=work.sampling.mask))
+        now, alike = read_again(then, lambda: contents(work.dense, data, work.feed))
         now = then if alike and then is not None else now
         held = dataclasses.replace(held, record={**record, "samples": now}, usual={"samples": now})
     held.claim()
@@ -212,7 +215,7 @@ def _compressed(out: Output, request: Request, work: Subject) -> Result:
     if calibrated and request.sought:
         return _reached(out, request, work)
     known = _prepared(out, request, work)
-    table = table_of(out, known, request.making())
+    table = table_of(out, known, request.making(work))
     notes: tuple[str, ...] = ()
     if request.recipe is not None:
         plan = recommended(known.sites, request.recipe, _filters(request))
@@ -225,7 +228,7 @@ def _compressed(out: Output, request: Request, work: Subject) -> Result:
     # How layers run is chosen when all is done.
     known = dataclasses.replace(known, latency=None)
     try:
-        return finished(work.dense, known, plan, table, Making(), notes=notes)
+        return finished(work.dense, known, plan, table, Making(forward=work.feed), notes=notes)
     except MissingMomentsError as error:
         if calibrated:
             raise
@@ -251,7 +254,7 @@ def _reached(out: Output, request: Request, work: Subject) -> Result:
         out.say(f"{why}: sets of methods compete, as with --method {AUTO}")
 
     with out.progress() as show:
-        return reached(work.dense, goal, request.making(show), request.sets, prepared, told)
+        return reached(work.dense, goal, request.making(work, show), request.sets, prepared, told)
 
 
 def _prepared(out: Output, request: Request, work: Subject, progress: Progress | None = None) -> Prepared:
@@ -281,6 +284,6 @@ def _tuned(out: Output, outcome: Outcome, work: Subject, tuning: Recipe, held: R
     )  # fmt: skip
     # None of the samples counts as held out any more: training may have seen them all.
     seen = work.calibration
-    agreed = None if seen is None else agreement(dense, small, seen, mask=work.sampling.mask)
+    agreed = None if seen is None else agreement(dense, small, seen, forward=work.feed)
     outcome = dataclasses.replace(outcome.tuned(done, agreed), seeds={"training": tuning.seed})
     return outcome.scored("fine-tuned", work.score(small)) if tested else outcome

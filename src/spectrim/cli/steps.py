@@ -58,7 +58,8 @@ def prepared(
         if calibrated or work.example is not None:
             ready = prepare(
                 work.dense, sites, batches, statistics=calibrated, sensitivity=weigh and calibrated,
-                latency=work.latency or False, sampling=work.sampling, progress=report, known=known,
+                latency=work.latency or False, sampling=work.sampling, forward=work.feed, progress=report,
+                known=known,
             )  # fmt: skip
     return dataclasses.replace(ready, sites=offer(ready.sites, groups))
 

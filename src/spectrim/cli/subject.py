@@ -47,7 +47,8 @@ class Subject:
     testing: Iterable[Any] | None
     example: Any  # A batch as latency and memory are measured with; None without any batch or shape
     latency: Latency | None  # how time is measured; None if nothing asks for it
-    sampling: Sampling  # how many rows calibration keeps, and which are data
+    sampling: Sampling  # how many rows calibration keeps
+    feed: Feed  # how the model is run on calibration batches, and what in them is data
     named: Mapping[str, str]  # references of model, weights and data as given, by their role
 
     @classmethod
@@ -87,8 +88,8 @@ class Subject:
             "training data": training.train, "test data": training.test,
         }  # fmt: skip
         named = {role: str(text) for role, text in named.items() if text is not None}
-        sampling = Sampling(inputs.rows or "auto", inputs.positions, inputs.mask)
-        return cls(network, dense, sites, train, data, test, example, clock, sampling, named)
+        sampling, feed = Sampling(inputs.rows or "auto", inputs.positions), Feed(mask=inputs.mask)
+        return cls(network, dense, sites, train, data, test, example, clock, sampling, feed, named)
 
     @functools.cached_property
     def whose(self) -> str:

@@ -119,13 +119,13 @@ class SweepRequest:
         with out.progress() as progress:
             making = Making(
                 methods, guard=self.sizes.guard, costs=self.costs, selector=SELECTOR_OF[self.sizes.selector],
-                progress=progress,
+                forward=work.feed, progress=progress,
             )  # fmt: skip
             found = Sweeping(
                 work.dense, ready, making=making, evaluate=work.score if work.testing is not None else None,
                 metric="accuracy", fine_tune=tune if work.training is not None else None, timed=self.timed,
                 folder=folder, keep_models=self.files.models, options=self.record, calibration=work.calibration or (),
-                mask=work.sampling.mask, done=functools.partial(_told, out),
+                done=functools.partial(_told, out),
             ).sweep(self.asked)  # fmt: skip
         self._finish(out, found, work, different)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from spectrim.errors import CalibrationError, SpectrimError, called_as
 from spectrim.nn.copying import cannot_run
 from spectrim.nn.watch.batches import Feed, Forward, begins_alike
-from spectrim.nn.watch.layout import Layout, samples_first
-from spectrim.nn.watch.masks import Mask, mask_of
+from spectrim.nn.watch.layout import Layout, Mask, Where, samples_first
+from spectrim.nn.watch.masks import mask_of
 from spectrim.nn.watch.nesting import begun, compared, named_logits, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.positions import Positions
@@ -131,6 +131,7 @@ def agreement(
     *,
     mask: Mask = None,
     forward: Forward | None = None,
+    samples: Where = None,
 ) -> Agreement | None:
     """How far a compressed network's outputs are from the dense network's, without labels.
 
@@ -150,6 +151,8 @@ def agreement(
         Tells padding from data; see :func:`spectrim.calibrate`.
     forward
         Runs a model on a batch in another way.
+    samples
+        Where a batch's samples are; see :func:`spectrim.calibrate`.
 
     Returns
     -------
@@ -157,13 +160,14 @@ def agreement(
         Relative error of the outputs, and of scores of classes how often the same comes first; None where outputs
         differ in shape or are zero.
     """
+    feed = Feed.of(forward, samples, mask)
     try:
-        return _agreement(dense, small, batches, held, mask, forward, parted=True)
+        return _agreement(dense, small, batches, held, feed, parted=True)
     except SpectrimError:
         raise
     except Exception as error:  # a model may refuse other numbers of samples than its batches have
         log.info("outputs are compared on whole batches, since the model does not take a part of one: %s", error)
-        return _agreement(dense, small, batches, held, mask, forward, parted=False)
+        return _agreement(dense, small, batches, held, feed, parted=False)
 
 
 def _agreement(
@@ -171,17 +175,16 @@ def _agreement(
     small: nn.Module,
     batches: Iterable[Any],
     held: Sequence[Tensor],
-    mask: Mask,
-    forward: Forward | None,
+    feed: Feed,
     *,
     parted: bool,
 ) -> Agreement | None:
-    tally, feed = _Tally(), Feed.of(forward, mask=mask)
+    tally = _Tally()
     first, stream = begun(batches)
     feed.decide(dense, first)
-    positions, layout = Positions.of(dense, first, mask, feed), feed.layout
+    positions, layout = Positions.of(dense, first, feed), feed.layout
     among = held if any(bool(each.any()) for each in held) else ()
-    cut = spread(stream, _SAMPLES, layout, mask, held) if parted else first_batches(stream, _SAMPLES, layout)
+    cut = spread(stream, _SAMPLES, layout, held) if parted else first_batches(stream, _SAMPLES, layout)
     held_out = bool(among)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
         if parted:
@@ -194,7 +197,7 @@ def _agreement(
                 a, b = (layout.of_samples(each, index, size) for each in (a, b))
                 part, size = layout.picked(batch, index), len(index)
             if size:
-                tally.add(a, b, positions, mask_of(part, mask, size, layout), size, turned=layout.is_turned(part, size))
+                tally.add(a, b, positions, mask_of(part, size, layout), size, turned=layout.is_turned(part, size))
     return tally.agreement(held_out=held_out)
 
 
@@ -323,7 +326,6 @@ class DenseOutputs:
     model: nn.Module
     batches: Iterable[Any]
     samples: int = 512
-    mask: Mask = None
     forward: Forward | None = None
     _positions: Positions = field(default=Positions(), init=False, repr=False)
     _parts: list[Any] = field(default_factory=list, init=False, repr=False)
@@ -343,7 +345,7 @@ class DenseOutputs:
                     given = output_tensors(feed(other, batch))
                 except Exception as error:
                     raise cannot_run(self.model, error) from error
-                data, turned = mask_of(batch, self.mask, size, feed.layout), feed.layout.is_turned(batch, size)
+                data, turned = mask_of(batch, size, feed.layout), feed.layout.is_turned(batch, size)
                 for place, (a, b) in enumerate(zip(wanted, given, strict=True)):
                     a, b = (samples_first(each, size, turned) for each in (a, b))
                     a, b = compared(*_without_padding(a, b, self._positions.of_output(place, a, data))[:2])
@@ -360,8 +362,8 @@ class DenseOutputs:
         if not self._parts:
             first, stream = begun(self.batches)
             feed.decide(self.model, first)
-            self._positions = Positions.of(self.model, first, self.mask, feed)
-            self._parts = spread(stream, self.samples, feed.layout, self.mask)
+            self._positions = Positions.of(self.model, first, feed)
+            self._parts = spread(stream, self.samples, feed.layout)
             try:
                 self._outputs(0, self._parts[0], feed)
                 _check_parted(functools.partial(feed, self.model), first, self._parts, feed.layout)
@@ -391,7 +393,7 @@ def output_error(
     forward: Forward | None = None,
 ) -> float:
     """Share of the energy of a network's outputs that a compressed copy misses, on some samples; padding left out."""
-    return DenseOutputs(dense, batches, samples, mask, forward).missed(compressed)
+    return DenseOutputs(dense, batches, samples, Feed.of(forward, mask=mask)).missed(compressed)
 
 
 def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str) -> float:

@@ -19,8 +19,7 @@ from spectrim.nn.agreement import output_error as output_error
 from spectrim.nn.checkpoint import check_savable
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.nesting import at_hand, begun
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline.goal import Goal
@@ -173,7 +172,7 @@ def compress(
     _check_search(selector, seconds, groups, sets)
     check_options(groups, latency, guard)
     several, shared = (None, False) if competing else methods_on_offer(methods, groups, stated.costs)
-    sampling = Sampling(rows, positions, mask)
+    sampling = Sampling(rows, positions)
     feed = Feed.of(forward, samples, mask)
     batches = at_hand(calibration, alike=reconstruct)
     channels = any(method.removes_channels for method in several or ())

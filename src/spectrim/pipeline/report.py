@@ -294,9 +294,7 @@ def reported(
     by which what reads those that are left makes up for the others, were taken without them.
     """
     held_out = () if trained else done.held
-    agreed = (
-        None if batches is None else agreement(model, small, batches, held_out, mask=sampling.mask, forward=forward)
-    )
+    agreed = None if batches is None else agreement(model, small, batches, held_out, forward=forward)
     if agreed is not None and not sampling.apart and any(isinstance(entry.choice, ChannelsChoice) for entry in plan):
         agreed = dataclasses.replace(agreed, held_out=False)
     notes = (

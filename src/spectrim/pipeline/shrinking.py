@@ -76,7 +76,7 @@ def drafted(
     priced = making.priced(prepared)
 
     untried = dataclasses.replace(sites, shaped=None)  # what is run anyway needs no proof on noise
-    outputs = DenseOutputs(model, batches, _TRIAL, prepared.sampling.mask, making.forward)
+    outputs = DenseOutputs(model, batches, _TRIAL, making.forward)
 
     def judged(plan: Plan) -> float:
         return outputs.missed(network_of(model, untried, plan, methods=methods))

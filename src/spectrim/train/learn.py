@@ -14,8 +14,8 @@ from spectrim.errors import called_as
 from spectrim.network.file_kinds import path_of
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.train.learning import LearnedResult, LearningRun
@@ -112,7 +112,7 @@ def learn_ranks(
     run = LearningRun(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
         patience=patience, weigh=weigh, skip=skip, only=only, groups=groups,
-        sampling=Sampling(rows, positions, mask), samples=samples, evaluate=evaluate, latency=latency,
+        sampling=Sampling(rows, positions), feed=Feed(None, samples, mask), evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     return run.point(copy_model(model), limits, folder)
@@ -168,7 +168,7 @@ def budget_path(
     run = LearningRun(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
         patience=patience, weigh=weigh, skip=skip, only=only, groups=groups,
-        sampling=Sampling(rows, positions, mask), samples=samples, evaluate=evaluate, latency=latency,
+        sampling=Sampling(rows, positions), feed=Feed(None, samples, mask), evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     net = copy_model(model)

@@ -34,8 +34,7 @@ from spectrim.nn.layers import canonical
 from spectrim.nn.standing import laid_out
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.chance import draws_kept
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.preparation import one_batch, prepare
 from spectrim.search.measured import Trials, meet_latency
@@ -337,7 +336,7 @@ class LearnedRanks:
             A new model of plain layers; the trained one is left as it is. ``applied`` holds what was learned on the
             way, such as how far layers miss, and :func:`spectrim.nn.agreement.agreement` how far outputs agree.
         """
-        sampling, forward = Sampling(rows, positions, mask), Feed.of(forward, samples, mask)
+        sampling, forward = Sampling(rows, positions), Feed.of(forward, samples, mask)
         sites = self._present(lambda name, weight: weight.clone())
         if batches is not None:
             weighed = any(site.statistics.gradient is not None for site in self.sites)

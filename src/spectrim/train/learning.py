@@ -17,7 +17,6 @@ from spectrim.network.printing import Grid, count
 from spectrim.nn.find import Which
 from spectrim.nn.modes import check_trainable
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, reported
@@ -93,7 +92,7 @@ class LearningRun:
     only: Which | Iterable[Which]
     groups: bool | Mapping[str, Sequence[str]]
     sampling: Sampling
-    samples: Where
+    feed: Feed
     evaluate: Evaluate | None
     latency: Latency | None
     training: dict[str, Any]
@@ -110,7 +109,6 @@ class LearningRun:
                 raise TypeError(f"{said} is of a training: write learning=Recipe({said}), or tuning=Recipe({said})")
             close = did_you_mean(unknown[0], known) or f" Options beside its own are {', '.join(known)}"
             raise TypeError(f"learning ranks has no option {unknown[0]!r}.{close}")
-        self.feed = Feed(None, self.samples, self.sampling.mask)
         if self.training["teacher"] is None and self.training["loss"] is None:
             self.training["teacher"] = self.model
         seed = self.learning.seed

@@ -27,8 +27,7 @@ from spectrim.nn.agreement import Agreement, agreement, metric_of
 from spectrim.nn.checkpoint import check_savable, save
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.nesting import at_hand
 from spectrim.nn.watch.samples import contents
 from spectrim.nn.watch.sampling import Sampling
@@ -154,7 +153,7 @@ def sweep(
     check_options(groups, latency, guard)
     methods, groups = methods_on_offer(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
-    sampling, feed = Sampling(rows, positions, mask), Feed.of(forward, samples, mask)
+    sampling, feed = Sampling(rows, positions), Feed.of(forward, samples, mask)
     batches = at_hand(calibration, alike=False)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     timed = latency or guard or "latency" in limited
@@ -177,7 +176,7 @@ def sweep(
     making = Making(methods, True, guard, costs, selector, feed, told(progress))
     run = Sweeping(
         model, prepared, making=making, evaluate=evaluate, better=better, metric=_name(evaluate), fine_tune=fine_tune,
-        timed=bool(timed), folder=place, keep_models=keep_models, options=options, calibration=batches, mask=mask,
+        timed=bool(timed), folder=place, keep_models=keep_models, options=options, calibration=batches,
     )  # fmt: skip
     return run.sweep(asked)
 
@@ -239,9 +238,7 @@ class Sweeping:
     keep_models: bool = False
     # What else makes the sweep, as JSON values: a folder holds points of one sweep.
     options: Mapping[str, Any] = field(default_factory=dict)
-    # Batches that a folder is of, and which of their tokens are data.
-    calibration: Iterable[Any] = ()
-    mask: Mask = None
+    calibration: Iterable[Any] = ()  # batches that a folder is of
     # Called with a point as soon as it is there, and with the sweep as far as it has come.
     done: Callable[[Point, Sweep], None] = lambda point, sweep: None
 
@@ -326,7 +323,7 @@ class Sweeping:
             return ()
 
         def read() -> str:
-            return contents(self.model, self.calibration, mask=self.mask, forward=self.making.forward)
+            return contents(self.model, self.calibration, self.making.forward)
 
         return self._kept.claim(asked, self.options, digest_of_tensors(plain_tensors(self.model.state_dict())), read)
 
@@ -353,7 +350,7 @@ class Sweeping:
         known = self.prepared
         agreed = None
         if known.batches is not None:
-            agreed = agreement(self.model, small, known.batches, mask=known.sampling.mask, forward=self.making.forward)
+            agreed = agreement(self.model, small, known.batches, forward=self.making.forward)
         return point.trained(self._judged(small, agreed), time.monotonic() - began)
 
     def _judged(self, small: nn.Module, agreed: Agreement | None) -> Judged:

@@ -49,11 +49,11 @@ def test_units_of_rows_and_columns_change_no_key_even_of_numbers_of_one_sign(
 def test_vectors_of_tokens_have_such_keys_too_and_padding_has_no_part_in_them() -> None:
     x = normal(20, 7, 64)
     mask = torch.arange(7).expand(20, -1) < torch.arange(20).remainder(6).add(2).unsqueeze(1)
-    one = Samples.of({"x": x, "mask": mask}, "mask").keys
-    two = Samples.of({"x": (x * SCALES).masked_fill(~mask.unsqueeze(2), 5.0), "mask": mask}, "mask").keys
+    one = Samples.of({"x": x, "mask": mask}, Layout(mask="mask")).keys
+    two = Samples.of({"x": (x * SCALES).masked_fill(~mask.unsqueeze(2), 5.0), "mask": mask}, Layout(mask="mask")).keys
     longer = torch.nn.functional.pad(x, (0, 0, 0, 40), value=2.0), torch.nn.functional.pad(mask, (0, 40))
     assert torch.equal(two, one)
-    assert torch.equal(Samples.of(dict(zip(("x", "mask"), longer, strict=True)), "mask").keys, one)
+    assert torch.equal(Samples.of(dict(zip(("x", "mask"), longer, strict=True)), Layout(mask="mask")).keys, one)
     assert len(one.unique()) == 20
 
 

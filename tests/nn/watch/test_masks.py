@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.nn.agreement import agreement, output_error
 from spectrim.nn.find import find
-from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.masks import mask_of
@@ -49,52 +48,52 @@ CAUSAL = torch.ones(6, 6).tril().bool() & DATA[:, None, None]
 )
 def test_every_form_says_the_same(name: str, mask: Tensor) -> None:
     batch = {"input_ids": IDS, name: mask}
-    told = Samples.of(batch, name).mask
+    told = Samples.of(batch, Layout(mask=name)).mask
     assert told is not None
     assert torch.equal(told, DATA)
     if name != "lengths":
         assert torch.equal(told, Samples.of((batch, torch.zeros(4))).mask)
     # By the names of what the model takes, too.
-    layout = Layout(names=("input_ids", name))
+    layout = Layout(names=("input_ids", name), mask=name)
     for tupled in ((IDS, mask, torch.zeros(4)), ((IDS, mask), torch.zeros(4))):
-        assert torch.equal(told, mask_of(tupled, name, 4, layout))
+        assert torch.equal(told, mask_of(tupled, 4, layout))
 
 
 def test_left_padding_between_positions() -> None:
     left = DATA.flip(1)
     causal = (torch.ones(6, 6).tril().bool() & left.unsqueeze(1)).unsqueeze(1)
-    assert torch.equal(mask_of({"attention_mask": causal, "input_ids": IDS.flip(1)}, None, 4), left)
+    assert torch.equal(mask_of({"attention_mask": causal, "input_ids": IDS.flip(1)}, 4), left)
     # Padding that would attend to nothing attends to all, so that no softmax is of nothing.
     freed = causal | ~causal.any(-1, keepdim=True)
     for mask in (freed, torch.zeros(freed.shape).masked_fill(~freed, -torch.inf)):
-        assert torch.equal(mask_of({"attention_mask": mask, "input_ids": IDS.flip(1)}, None, 4), left)
+        assert torch.equal(mask_of({"attention_mask": mask, "input_ids": IDS.flip(1)}, 4), left)
     # As many features as positions, and the mask made of another that stands in front.
     batch = {"hidden_mask": ~causal, "x": torch.ones(4, 6, 6)}
-    assert torch.equal(mask_of(batch, lambda b: ~b["hidden_mask"], 4), left)
+    assert torch.equal(mask_of(batch, 4, Layout(mask=lambda b: ~b["hidden_mask"])), left)
 
 
 @pytest.mark.parametrize("features", [False, True])
 def test_a_mask_that_is_true_of_padding_is_refused(features: bool) -> None:
     inputs = IDS.unsqueeze(2) * torch.ones(3) if features else IDS
     with pytest.raises(st.CalibrationError, match=r"turned round.*mask=lambda batch: batch\['mask'\] == 0"):
-        Samples.of({"x": inputs, "mask": ~DATA}, "mask")
-    assert torch.equal(Samples.of({"x": inputs, "mask": DATA}, "mask").mask, DATA)
+        Samples.of({"x": inputs, "mask": ~DATA}, Layout(mask="mask"))
+    assert torch.equal(Samples.of({"x": inputs, "mask": DATA}, Layout(mask="mask")).mask, DATA)
     # Where there is no padding nothing is turned round.
-    full = Samples.of({"x": inputs, "mask": torch.ones(4, 6)}, "mask").mask
+    full = Samples.of({"x": inputs, "mask": torch.ones(4, 6)}, Layout(mask="mask")).mask
     assert full is not None
     assert bool(full.all())
 
 
 def test_nothing_taken_away_is_all_data_and_numbers_of_both_signs_are_refused() -> None:
     scores = torch.zeros(4, 1, 6, 6)
-    assert bool(torch.as_tensor(mask_of({"attention_mask": scores, "input_ids": IDS}, None, 4)).all())
+    assert bool(torch.as_tensor(mask_of({"attention_mask": scores, "input_ids": IDS}, 4)).all())
     with pytest.raises(st.CalibrationError, match=r"'attention_mask' has numbers below 0.*others above it"):
-        mask_of({"attention_mask": scores + torch.randn(6), "input_ids": IDS}, None, 4)
+        mask_of({"attention_mask": scores + torch.randn(6), "input_ids": IDS}, 4)
 
 
 def test_longer_than_the_inputs_is_refused() -> None:
     with pytest.raises(st.CalibrationError, match=r"'lengths' says that a sample has 9 tokens, .* \[6\] positions"):
-        Samples.of({"input_ids": IDS, "lengths": LENGTHS + 4}, "lengths")
+        Samples.of({"input_ids": IDS, "lengths": LENGTHS + 4}, Layout(mask="lengths"))
 
 
 class Masked(nn.Module):
@@ -197,10 +196,10 @@ def test_an_entry_that_stands_for_padding_is_not_expected_in_further_data() -> N
 
 
 def test_a_mask_of_pixels_is_one_number_a_pixel() -> None:
-    pixels = torch.arange(5) < torch.tensor([2, 5]).reshape(2, 1, 1).expand(2, 4, 1)
+    pixels, told = torch.arange(5) < torch.tensor([2, 5]).reshape(2, 1, 1).expand(2, 4, 1), Layout(mask="mask")
     for mask in (pixels, pixels.unsqueeze(1)):
-        assert torch.equal(mask_of({"x": torch.ones(2, 3, 4, 5), "mask": mask}, "mask", 2), pixels.flatten(1))
-    assert torch.equal(mask_of({"x": torch.ones(2, 4, 5, 3), "mask": pixels}, "mask", 2), pixels.flatten(1))
+        assert torch.equal(mask_of({"x": torch.ones(2, 3, 4, 5), "mask": mask}, 2, told), pixels.flatten(1))
+    assert torch.equal(mask_of({"x": torch.ones(2, 4, 5, 3), "mask": pixels}, 2, told), pixels.flatten(1))
 
 
 @pytest.mark.parametrize(
@@ -254,8 +253,8 @@ def test_padding_counts_nothing_in_what_is_compared_where_time_comes_first() -> 
     clean, padded = (st.compress(model, each, "parameters=60%", mask="mask", samples=1) for each in batches)
     assert clean.plan == padded.plan
     assert clean.report.agreement is not None
-    feed = Feed(samples=1)
-    one, other = (st.agreement(model, clean.model, [each], mask=lambda _: data, forward=feed) for each in (x, noisy))
+    said = {"mask": lambda _: data, "samples": 1}
+    one, other = (st.agreement(model, clean.model, [each], **said) for each in (x, noisy))
     assert one is not None
     assert other is not None
     assert one.error == pytest.approx(other.error, rel=1e-5)

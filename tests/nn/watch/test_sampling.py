@@ -181,9 +181,11 @@ def test_masks_by_name_and_by_function():
     batch = texts([3, 1], 4)
     batch["real"] = batch.pop("attention_mask")
     assert Samples.of(batch).mask is None
-    assert Samples.of(batch, "real").mask.tolist() == [[True] * 3 + [False], [True, False, False, False]]
-    assert torch.equal(Samples.of((batch, 0), lambda b: b[0]["real"]).mask, Samples.of(batch, "real").mask)
-    assert Samples.of({**batch, "attention_mask": torch.ones(2, 4)}, lambda b: None).mask is None
+    assert Samples.of(batch, Layout(mask="real")).mask.tolist() == [[True] * 3 + [False], [True, False, False, False]]
+    assert torch.equal(
+        Samples.of((batch, 0), Layout(mask=lambda b: b[0]["real"])).mask, Samples.of(batch, Layout(mask="real")).mask
+    )
+    assert Samples.of({**batch, "attention_mask": torch.ones(2, 4)}, Layout(mask=lambda b: None)).mask is None
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_masks_by_name_and_by_function():
 )
 def test_masks_that_cannot_be_meant_are_refused(batch, mask, message):
     with pytest.raises(CalibrationError, match=message):
-        Samples.of(batch, mask)
+        Samples.of(batch, Layout(mask=mask))
 
 
 class Stream(IterableDataset):

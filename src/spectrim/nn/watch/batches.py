@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError, check_function, in_short
 from spectrim.nn.watch.chance import drawn_from, generators_of, seed_of
-from spectrim.nn.watch.layout import Layout, Where, check_where
-from spectrim.nn.watch.masks import Mask, with_numbers
+from spectrim.nn.watch.layout import Layout, Mask, Where, check_where
+from spectrim.nn.watch.masks import with_numbers
 from spectrim.nn.watch.nesting import check_numbers, copied, dtype_of, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
 from spectrim.nn.watch.nesting import logits as logits
@@ -63,11 +63,15 @@ class Feed:
         check_where(samples)
         if forward is not None:
             check_function("forward", forward, ("the model", "a batch"), "a function of both that runs the model")
-        self._forward, self._samples, self._mask = forward, samples, mask
+        if mask is not None and not isinstance(mask, str):
+            check_function(
+                "mask", mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
+            )
+        self._forward, self._samples = forward, samples
         self._way: Way | None = None
         self._form: _Form | None = None
         self._first = ""
-        self.layout = Layout()  # where samples are; known once a batch has been seen
+        self.layout = Layout(mask=mask)  # where samples are; known once a batch has been seen
         self.notes: tuple[str, ...] = ()  # what was decided that a user may not expect
 
     @classmethod
@@ -95,17 +99,17 @@ class Feed:
 
     def _settle(self, model: nn.Module, batch: Any) -> None:
         assert self._way is not None
-        way, asked = self._way, self._samples
+        way, asked, mask = self._way, self._samples, self.layout.mask
         notes = [way.note] if way.note else []
         notes += [] if self._forward is not None else _rounded(model, way.take(batch))
         if callable(asked):
-            self.layout = Layout(whole=way.whole, count=asked, names=way.names)
+            self.layout = Layout(whole=way.whole, count=asked, names=way.names, mask=mask)
         elif asked is not None:
-            self.layout = Layout(axis=asked, whole=way.whole, names=way.names)
+            self.layout = Layout(axis=asked, whole=way.whole, names=way.names, mask=mask)
         else:
             axis, note = (0, "") if way.listed or self._forward is not None else _axis(model, batch, way)
             notes += [note] if note else []
-            self.layout = Layout(axis, listed=way.listed, whole=way.whole, names=way.names)
+            self.layout = Layout(axis, listed=way.listed, whole=way.whole, names=way.names, mask=mask)
         self.notes = tuple(notes)
         self._form, self._first = _Form.of(model, self.layout, batch), in_words(batch)
 
@@ -138,7 +142,7 @@ class Feed:
     def ready(self, model: nn.Module, batch: Any) -> Callable[[], Any]:
         """What runs a model on a batch, once: with copies of the batch, which are made now."""
         self.decide(model, batch)
-        batch = with_numbers(batch, self._mask, self.layout)
+        batch = with_numbers(batch, self.layout)
         if self._forward is not None:
             run = functools.partial(self._forward, model, copied(batch))
         else:

@@ -13,8 +13,8 @@ from spectrim.errors import CalibrationError, called_as
 from spectrim.linalg.moments import Moments
 from spectrim.network.sites import Layer, Sites
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask, unread
+from spectrim.nn.watch.layout import Mask, Where
+from spectrim.nn.watch.masks import unread
 from spectrim.nn.watch.nesting import begun, checked_batches, without_numbers
 from spectrim.nn.watch.observe import hooked, observe
 from spectrim.nn.watch.sampling import GUESSED, Extent, Sampling
@@ -103,7 +103,7 @@ def calibrate(
         For ``rows`` or ``positions`` of another kind.
     """
     return calibrated(
-        model, sites, batches, Sampling(rows, positions, mask), Feed.of(forward, samples, mask), statistics=statistics,
+        model, sites, batches, Sampling(rows, positions), Feed.of(forward, samples, mask), statistics=statistics,
         progress=told(progress), seed=seed,
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ def calibrated(
     first, stream = begun(batches)
     keeps = False
     feed.decide(model, first)
-    run = Extent(batches, amount.mask, feed.layout, amount.apart)
+    run = Extent(batches, feed.layout, amount.apart)
     watch = Watched.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics)
     with observe(model, forward=feed) as call:
         state = State(model)
@@ -149,7 +149,7 @@ def calibrated(
         notes=(
             *found.notes,
             *feed.notes,
-            *unread(first, amount.mask, feed.layout),
+            *unread(first, feed.layout),
             *_unmasked(watch.watchers),
             *_alike(watch.watchers, found.samples),
             *run.said_of_samples(found.samples),

@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from spectrim.errors import CalibrationError, check_function
 from spectrim.nn.watch.nesting import is_record, rebuilt, tensors, transformed
 
+Mask = str | Callable[[Any], Tensor | None] | None
+"""What says which positions of a batch are data: the name of one of its tensors, or a function of the batch."""
+
 Where = int | Callable[[Any], int] | None
 """Where a batch's samples are: the axis of the inputs that they lie on, or a function that counts those of a batch."""
 
@@ -36,13 +39,14 @@ def check_where(samples: Where) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which part of a batch is inputs, and what of them is a sample."""
+    """Which part of a batch is inputs, what of them is a sample, and which of its positions are data."""
 
     axis: int = 0  # of the input tensors, that samples lie on
     listed: bool = False  # the inputs are a list with an entry for each sample, which may differ in size
     whole: bool = False  # the batch as it comes is the inputs; else, of a list or tuple, its first element
     count: Callable[[Any], int] | None = None  # counts the samples of a batch, where a user says how
     names: tuple[str, ...] = ()  # of the inputs in the order of a tuple, as the model's ``forward`` calls them
+    mask: Mask = None  # says what is padding, where a user says how; see :mod:`spectrim.nn.watch.masks`
 
     def inputs(self, batch: Any) -> Any:
         """The part of a batch that tells samples apart, without targets."""

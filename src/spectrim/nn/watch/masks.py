@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,18 @@ from spectrim.errors import CalibrationError
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.nesting import transformed
 
-Mask = str | Callable[[Any], Tensor | None] | None
 # The mask of a batch where no other is named: not zero where there is data, as models of transformers take it.
 MASK = "attention_mask"
 # The end of the name of those that are zero there, as layers of torch take them: true, or -inf, where there is padding.
 PADDING = "key_padding_mask"
 
 
-def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Tensor | None:  # noqa: B008 (frozen)
+def mask_of(batch: Any, size: int, layout: Layout = Layout()) -> Tensor | None:  # noqa: B008 (frozen)
     """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data; of images pixel by pixel."""
-    name, found = _named(batch, mask, layout)
+    name, found = _named(batch, layout)
     if found is None:
         return None
-    what = repr(name) if name else str(mask)
+    what = repr(name) if name else str(layout.mask)
     if isinstance(found, Tensor) and found.shape == (size,) and _counts(found):
         return _in_front(found.cpu(), what, _sides(batch, size, layout))
     if not isinstance(found, Tensor) or found.dim() < 2 or found.shape[0] != size:
@@ -38,15 +37,15 @@ def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Ten
     return (data if data.dim() == 2 else _of_positions(data, _sides(batch, size, layout))).cpu()
 
 
-def tensor_of(batch: Any, mask: Mask, layout: Layout) -> Any:
+def tensor_of(batch: Any, layout: Layout) -> Any:
     """The tensor that says where data is in a batch, as it is there; None where there is none."""
-    return _named(batch, mask, layout)[1]
+    return _named(batch, layout)[1]
 
 
-def with_numbers(batch: Any, mask: Mask, layout: Layout) -> Any:
+def with_numbers(batch: Any, layout: Layout) -> Any:
     """A batch with zeros in place of NaN and Inf in its padding: what stands there is to count nowhere."""
-    says = tensor_of(batch, mask, layout)
-    data = None if says is None else mask_of(batch, mask, layout.size(batch), layout)
+    says = tensor_of(batch, layout)
+    data = None if says is None else mask_of(batch, layout.size(batch), layout)
     if data is None or bool(data.all()):
         return batch
 
@@ -131,8 +130,9 @@ def _of_padding(data: Tensor) -> Tensor:
     return whole & behind
 
 
-def _named(batch: Any, mask: Mask, layout: Layout) -> tuple[str, Any]:
+def _named(batch: Any, layout: Layout) -> tuple[str, Any]:
     """What says where data is in a batch, and its name; None where nothing does."""
+    mask = layout.mask
     if callable(mask):
         return "", mask(batch)
     inputs = layout.named(batch)
@@ -193,9 +193,9 @@ def check_not_inverted(mask: Tensor, inputs: Sequence[Sequence[Tensor]]) -> None
             )
 
 
-def unread(batch: Any, mask: Mask, layout: Layout) -> Iterator[str]:
+def unread(batch: Any, layout: Layout) -> Iterator[str]:
     """What a user should know of tensors that may say where padding is, and were not taken so."""
-    if mask is not None or _named(batch, mask, layout)[1] is not None:
+    if layout.mask is not None or tensor_of(batch, layout) is not None:
         return
     size = layout.size(batch)
     for name, value in layout.named(batch).items():

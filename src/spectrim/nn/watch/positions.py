@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.masks import Mask, mask_of
+from spectrim.nn.watch.masks import mask_of
 from spectrim.nn.watch.nesting import output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 
@@ -32,11 +32,11 @@ class Positions:
     known: tuple[bool, ...] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Any, mask: Mask, feed: Feed) -> Positions:
+    def of(cls, model: nn.Module, batch: Any, feed: Feed) -> Positions:
         """See which sizes of outputs follow when inputs have a position less; nothing is run without a mask."""
         layout = feed.decide(model, batch).layout
         size = layout.size(batch)
-        data = mask_of(batch, mask, size, layout)
+        data = mask_of(batch, size, layout)
         if data is None or data.shape[1] < 2 or layout.is_turned(batch, size):
             return cls()
         whole, shapes = layout.picked(batch, torch.arange(min(size, 2))), []

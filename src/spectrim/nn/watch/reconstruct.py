@@ -71,7 +71,7 @@ class Split:
 
         Which ones depends on what is in them, not on their order.
         """
-        run = Extent(batches, amount.mask, layout)
+        run = Extent(batches, layout)
         samples = tuple(run.see(batch) for batch in batches)
         every = torch.cat([each.filled for each in samples]) if samples else torch.zeros(0, dtype=torch.bool)
         keys, bits = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.keys import keys_of, mixed, odd, ranked
 from spectrim.nn.watch.layout import Layout
-from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of, positions_second, tensor_of
+from spectrim.nn.watch.masks import check_not_inverted, mask_of, positions_second, tensor_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ class Samples:
     def of(
         cls,
         batch: Any,
-        mask: Mask = None,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
         *,
         mean: float | None = None,
-        layout: Layout = Layout(),  # noqa: B008 (frozen)
     ) -> Samples:
         """The samples of a batch.
 
@@ -53,13 +52,10 @@ class Samples:
         ----------
         batch
             Tensors, mappings or tuples whose first element is the inputs; labels make no difference.
-        mask
-            Name of a tensor of the batch, or a function that gives one for a batch (or None), ``[samples,
-            positions]``, not zero where a token is data; see :func:`spectrim.calibrate`.
+        layout
+            Where samples are in the batch, and what says which positions are data.
         mean
             Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
-        layout
-            Where samples are in the batch.
 
         Raises
         ------
@@ -67,8 +63,8 @@ class Samples:
             If the mask is not there, has another shape, or is true of padding.
         """
         size = layout.size(batch)
-        found = mask_of(batch, mask, size, layout)
-        columns = layout.columns(batch, size, without=tensor_of(batch, mask, layout))
+        found = mask_of(batch, size, layout)
+        columns = layout.columns(batch, size, without=tensor_of(batch, layout))
         if found is not None:
             check_not_inverted(found, columns)
         share = lengths_of(columns, found, size) / mean if mean else torch.ones(size).double()
@@ -111,9 +107,7 @@ def energies_of(columns: list[list[Tensor]], size: int) -> Tensor:
     return energies
 
 
-def spread(
-    batches: Iterable[Any], most: int, layout: Layout, mask: Mask = None, held: Sequence[Tensor] = ()
-) -> list[Any]:
+def spread(batches: Iterable[Any], most: int, layout: Layout, held: Sequence[Tensor] = ()) -> list[Any]:
     """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
 
     Of those that are ``held``, if any are. Of samples that are there several times about their share is chosen.
@@ -122,7 +116,7 @@ def spread(
     times: Counter[int] = Counter()
     among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
     for batch, each in zip(batches, among, strict=False):
-        samples = Samples.of(batch, mask, layout=layout)
+        samples = Samples.of(batch, layout)
         index = (samples.filled if each is None else each & samples.filled).nonzero().flatten()
         keys, bits = samples.keys[index], samples.bits[index]
         parts.append((batch, index, torch.stack([_apart(keys, bits, times), bits])))
@@ -172,12 +166,12 @@ def first_batches(batches: Iterable[Any], most: int, layout: Layout) -> Iterator
             return
 
 
-def contents(model: nn.Module, batches: Iterable[Any], *, mask: Mask = None, forward: Forward | None = None) -> str:
+def contents(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> str:
     """How many samples there are, and a digest of their inputs: ``512 samples 9c41...``."""
     feed = Feed.of(forward)
     count = total = 0
     for batch in batches:
-        samples = Samples.of(batch, mask, layout=feed.decide(model, batch).layout)
+        samples = Samples.of(batch, feed.decide(model, batch).layout)
         count += samples.size
         total += int(samples.bits.sum())
     return f"{count:,} samples {total % 2**64:016x}"

@@ -20,11 +20,11 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from spectrim.errors import CalibrationError, check_function
+from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.watch.keys import in_unit_interval, mixed, odd, shifted
 from spectrim.nn.watch.layout import Layout, samples_first
-from spectrim.nn.watch.masks import Mask, mask_of
+from spectrim.nn.watch.masks import mask_of
 from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.samples import Chosen, Samples, energies_of, lengths_of
 
@@ -42,11 +42,10 @@ _MEANT = f"a positive int of at most {_LARGEST:,}"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many rows are asked for, and which of them are data; see :func:`spectrim.calibrate`."""
+    """How many rows are asked for, and of which samples none; see :func:`spectrim.calibrate`."""
 
     rows: int | str | None = "auto"  # over the whole run: a number, None for all, or ``"auto"``
     positions: int | None = None  # of each sample, in place of ``rows``
-    mask: Mask = None  # as for :meth:`Samples.of`
     apart: frozenset[int] = field(default=frozenset(), repr=False)  # of samples left out: their :attr:`Samples.bits`
 
     def __post_init__(self) -> None:
@@ -55,15 +54,11 @@ class Sampling:
             raise ValueError(f"rows={rows!r}: expected {_MEANT}, None for all positions, or 'auto'")
         if not (positions is None or _is_number(positions)):
             raise ValueError(f"positions={positions!r}: expected {_MEANT}, of positions a sample, or None")
-        if self.mask is not None and not isinstance(self.mask, str):
-            check_function(
-                "mask", self.mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
-            )
 
     @property
     def options(self) -> dict[str, Any]:
         """What a caller says, by the names of :func:`spectrim.calibrate`."""
-        return {"rows": self.rows, "positions": self.positions, "mask": self.mask}
+        return {"rows": self.rows, "positions": self.positions}
 
     def positions_in(self, run: Extent, enough: Callable[[], int]) -> int | None:
         """Positions of a sample of mean length in a run; where it is left to us, as many as are ``enough``."""
@@ -85,10 +80,8 @@ class Extent:
         A list or tuple is looked through. A DataLoader says by its sampler how many samples there are, and anything
         else by an attribute ``samples``; their mean length is that of the first batch. Where nothing tells, the run
         is taken to have 64 samples: rather too many rows than too few.
-    mask
-        As for :meth:`Samples.of`.
     layout
-        Where samples are in a batch.
+        Where samples are in a batch, and what says which positions are data.
     apart
         What samples are told apart by of which no row is to be drawn.
 
@@ -101,11 +94,10 @@ class Extent:
     def __init__(
         self,
         batches: Iterable[Any],
-        mask: Mask = None,
         layout: Layout = Layout(),  # noqa: B008 (frozen)
         apart: Iterable[int] = (),
     ) -> None:
-        self.mask, self.layout = mask, layout
+        self.layout = layout
         self._apart = torch.tensor(sorted(apart), dtype=torch.int64)
         self._seen = 0
         self._mean: float | None = None
@@ -125,7 +117,7 @@ class Extent:
             self._mean = float(lengths.sum() / (lengths > 0).sum().clamp_min(1))
         self._size(batch, self._seen)
         self._seen += 1
-        samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
+        samples = Samples.of(batch, self.layout, mean=self._mean)
         if len(self._apart):
             samples = dataclasses.replace(samples, apart=torch.isin(samples.bits, self._apart))
         if len(self._different) < GUESSED:
@@ -166,7 +158,7 @@ class Extent:
 
     def _lengths(self, batch: Any, number: int) -> Tensor:
         size = self._size(batch, number)
-        return lengths_of(self.layout.columns(batch, size), mask_of(batch, self.mask, size, self.layout), size)
+        return lengths_of(self.layout.columns(batch, size), mask_of(batch, size, self.layout), size)
 
     def positions(self, rows: int) -> int:
         """Positions of a sample of mean length that give at least so many rows over the run; one or more."""

@@ -22,8 +22,7 @@ from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrated
 from spectrim.nn.watch.gradients import FEWEST, Gradients, GradientWatch
-from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.nesting import begun, checked_batches
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.positions import Positions
@@ -82,7 +81,7 @@ def sensitivity(
     CalibrationError
         If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
-    found = _gradients(model, sites, batches, samples, rows, mask, Feed.of(forward, axis, mask), seed)
+    found = _gradients(model, sites, batches, samples, rows, Feed.of(forward, axis, mask), seed)
     if found.error is not None:
         raise ForwardError(found.reason) from found.error
     if found.reason:
@@ -104,7 +103,6 @@ def weighed(
     batches: Iterable[Any],
     *,
     samples: int = 512,
-    mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Sites:
     """The same as far as gradients can be had; ``notes`` of the sites say where they cannot, and why.
@@ -112,7 +110,7 @@ def weighed(
     Errors of layers that none reaches count as if losing a layer's whole response mattered as much as it does, in the
     median, at the others. Where none reaches any, errors are not weighed at all.
     """
-    return with_weights(sites, _gradients(model, sites, batches, samples, None, mask, Feed.of(forward, mask=mask), 0))
+    return with_weights(sites, _gradients(model, sites, batches, samples, None, Feed.of(forward), 0))
 
 
 def calibrated_and_weighed(
@@ -133,14 +131,14 @@ def calibrated_and_weighed(
     """
     try:
         with _weights_apart(model):
-            shared = _Shared(model, sites, batches, samples, amount.mask, feed)
+            shared = _Shared(model, sites, batches, samples, feed)
             found = calibrated(model, sites, batches, amount, feed, progress=progress, passes=shared)
         if shared.found is not None:
             return with_weights(found, shared.found)
     except _Refused as error:
         log.info("sites are calibrated and weighed in passes of their own: %s", error)
         found = calibrated(model, sites, batches, amount, feed, progress=progress)
-    return weighed(model, found, batches, samples=samples, mask=amount.mask, forward=feed)
+    return weighed(model, found, batches, samples=samples, forward=feed)
 
 
 def with_weights(sites: Sites, found: Gradients) -> Sites:
@@ -175,14 +173,13 @@ def with_weights(sites: Sites, found: Gradients) -> Sites:
 
 
 def _gradients(
-    model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, mask: Mask, feed: Feed,
-    seed: int,
-) -> Gradients:  # fmt: skip
+    model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, feed: Feed, seed: int
+) -> Gradients:
     """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
-    positions = Positions.of(model, first, mask, feed)
-    run = Extent(batches, mask, feed.layout)
+    positions = Positions.of(model, first, feed)
+    run = Extent(batches, feed.layout)
     there = run.samples
 
     def taken(parts: Iterable[Any], run: Extent) -> Gradients:
@@ -196,12 +193,12 @@ def _gradients(
 
     if there is None:
         return taken(first_batches(stream, samples, feed.layout), run)
-    found = taken(spread(stream, samples, feed.layout, mask), run)
+    found = taken(spread(stream, samples, feed.layout), run)
     if found.error is None or there <= samples:
         return found
     log.info("gradients are taken of whole batches, since the model refuses a part of one: %s", found.error)
     apart = itertools.islice(batches, 0, None, max(1, there // samples))
-    return taken(first_batches(apart, samples, feed.layout), Extent(batches, mask, feed.layout))
+    return taken(first_batches(apart, samples, feed.layout), Extent(batches, feed.layout))
 
 
 @contextlib.contextmanager
@@ -227,10 +224,8 @@ class _Refused(SpectrimError):
 class _Shared(PassMaker):
     """Passes that a network is calibrated by and that gradients go back through, as long as there are any."""
 
-    def __init__(
-        self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
-    ) -> None:
-        self._of = model, sites, batches, samples, mask, feed
+    def __init__(self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, feed: Feed) -> None:
+        self._of = model, sites, batches, samples, feed
         self._watch: GradientWatch | None = None
 
     @property
@@ -251,10 +246,10 @@ class _Shared(PassMaker):
         if index:
             return
         # How the model is fed is decided by now.
-        model, sites, batches, samples, mask, feed = self._of
-        run = Extent(batches, mask, feed.layout)
+        model, sites, batches, samples, feed = self._of
+        run = Extent(batches, feed.layout)
         if run.samples is not None and run.samples <= samples:
-            positions = Positions.of(model, batch, mask, feed)
+            positions = Positions.of(model, batch, feed)
             self._watch = GradientWatch(model, sites, None, run, samples, 0, positions)
             self._watch.see(call, batch)
 
