@@ -43,8 +43,8 @@ def chosen(rows: Sequence[Row]) -> Iterator[Row]:
     for budget in ASKED:
         mine = [
             row for row in rows
-            if row["network"] == "craft" and row["budget"] == budget and row["kind"] in ("auto", "ours", "trained")
-            and "failed" not in row
+            if row["network"] == "craft" and row["budget"] == budget and "failed" not in row
+            and row["kind"] in ("auto", "ours", "trained")
         ]  # fmt: skip
         for some in ([row for row in mine if not row.get("steps")], [row for row in mine if row.get("steps")]):
             if some:

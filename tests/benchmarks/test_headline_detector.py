@@ -33,7 +33,17 @@ TRAINED = [row(budget, "low rank, trained", 97.9, 97.5, **STEPS) for budget in d
 def test_held_out_pages_choose_and_never_the_test_or_a_peer() -> None:
     better = row("bytes=6.7%", "shared factors", 90.0, 99.0)
     peer = row("bytes=6.7%", "peer", 99.9, 99.9)
-    assert [each["arm"] for each in detector.chosen([*ALL, better, peer])] == ["shared factors", "low rank", "low rank"]
+    failed = {
+        "network": "craft",
+        "budget": detector.ASKED[0],
+        "arm": "CP chains",
+        "failed": "InfeasibleBudgetError: ...",
+    }
+    assert [each["arm"] for each in detector.chosen([*ALL, failed, better, peer])] == [
+        "shared factors",
+        "low rank",
+        "low rank",
+    ]
     assert detector.claims([*ALL, better], [])["A3"]["value"] == 8
 
 
