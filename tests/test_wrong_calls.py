@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 import spectrim as st
+from spectrim.train import Distillation, Recipe
 
 ANY: Any = st
 
@@ -34,6 +35,15 @@ BATCH = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
             "save got Plan, Sequential, str: write save(result",
         ),
         (lambda m: st.fine_tune(m, [BATCH], epoch=1), "Did you mean 'epochs'?"),
+        (lambda m: ANY.compress(m, [BATCH], {1: 2}), "the budget is {1: 2}: expected Budget(macs=0.5), text such as"),
+        (
+            lambda m: ANY.compare(m, net(), BATCH, evaluate=lambda _: None, repeats=0),
+            "evaluate returned None for 'dense': expected one number",
+        ),
+        (
+            lambda m: ANY.fine_tune(m, [(BATCH, torch.arange(8))], epochs=1, evaluate=lambda _: "good"),
+            "evaluate returned 'good' for the network in training: expected one number",
+        ),
         (
             lambda m: st.learn_ranks(m, [BATCH], "macs=50%", energi="output"),
             "no option 'energi'. Did you mean 'energy'?",
@@ -100,6 +110,13 @@ def test_steps_that_are_given_what_another_takes(call: Callable[..., object], sa
     with pytest.raises(TypeError) as caught:
         call(model, sites, table, st.select(table, "parameters=90%"))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "clip", "warmup", "temperature", "weight"])
+def test_numbers_of_a_training_are_numbers(name: str) -> None:
+    make = Distillation if name in ("temperature", "weight") else Recipe
+    with pytest.raises(ValueError, match=f"{name}='a' "):
+        cast(Any, make)(**{name: "a"})
 
 
 def test_an_optimizer_is_not_emptied_for_a_network_it_has_nothing_to_do_with() -> None:

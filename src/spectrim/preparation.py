@@ -20,7 +20,7 @@ from spectrim.nn.channels.graph import couple
 from spectrim.nn.copying import check_copyable
 from spectrim.nn.find import Which, find
 from spectrim.nn.timing import as_timed, measure_latency, ready
-from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.batches import Feed, largest_first
 from spectrim.nn.watch.calibrate import calibrated, check_weights
 from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.reconstruct import Split
@@ -177,6 +177,7 @@ def prepare(
             forward=feed, progress=progress,
         )  # fmt: skip
         return replace(known, sites=found.sites, batches=found.batches, sampling=found.sampling, curves={})
+    batches = largest_first(model, batches, feed)
     watched = functools.partial(progress, "calibrate")
     if sites.couplings and statistics:
         feed.decide(model, begun(batches)[0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import spectrim as st
 from spectrim.cost.counted import parameters, size_bytes
 from spectrim.errors import PlanError
 from spectrim.linalg.packing import packed_bytes
@@ -285,3 +286,26 @@ def test_layers_with_a_mask_under_two_names_count_once():
     model = compressed(nn.ModuleDict({"a": nn.Sequential(inner), "b": inner}), {"a.0": sparse(0, 0.25, "rows")})
     assert parameter_count(model) == 6 * 2
     assert size_in_bytes(model) == 12 * 4 + packed_bytes(36, 12)
+
+
+class Twice(nn.Module):
+    """A block under two names, the first of them its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.again, self.head = nn.Sequential(self.block), nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.again(x))
+
+
+def test_merge_of_sums_in_a_block_under_two_names():
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(256, 16) @ torch.randn(16, 32)
+    small = st.compress(model, list(x.split(64)), "parameters=60%", methods=st.LowRankPlusSparse(share=0.3)).model
+    assert any(isinstance(module, Summed) for module in small.modules())
+    merged = merge(small)
+    assert merged.block[0] is merged.again[0][0]
+    assert type(merged.block[0]) is nn.Linear
+    close(merged(x), small(x), 1e-4)

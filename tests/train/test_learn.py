@@ -326,7 +326,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_given_model_is_the_teacher_unless_there_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectrim.train import learn as module
+    from spectrim.train import learning as module
 
     seen = []
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import spectrim as st
@@ -21,7 +23,7 @@ from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import at_multiplier
 from spectrim.testing import measured_error
-from spectrim.train import LearnedRanks, Schedule
+from spectrim.train import LearnedRanks, Recipe, Schedule
 from spectrim.train.c_step import with_distances, without_zero
 from tests.cases import batches_for, settled
 from tests.train.learned import fake_latency, perturb
@@ -159,3 +161,18 @@ def test_output_energy_measures_the_present_weights_at_calibration(weigh: bool, 
             lost = measured_error(now, methods[0].factorize(now, option.choice).dense(), ranks.table.unit)
             assert option.error == pytest.approx(lost, abs=1e-9)
         assert (row.scale != 1) == weigh
+
+
+@pytest.mark.parametrize("budget", ["bytes=60%", "bytes=16000"])
+def test_a_limit_on_bytes_is_one_on_the_file(budget: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(128, 16) @ torch.randn(16, 32)
+    batches = [(part, part[:, :10].argmax(1)) for part in x.split(32)]
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    dense, small = tmp_path / "dense.safetensors", tmp_path / "small.safetensors"
+    save_file(model.state_dict(), dense)
+    result = st.learn_ranks(model, batches, budget, learning=Recipe(epochs=1), tuning=Recipe(epochs=0))
+    st.save(result, small)
+    limit = 0.6 * dense.stat().st_size if "%" in budget else 16000
+    assert small.stat().st_size <= limit * 1.001 <= result.plan.budget["bytes"] * 1.01
+    assert result.plan.costs["bytes"] >= small.stat().st_size

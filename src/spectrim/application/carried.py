@@ -19,12 +19,13 @@ from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
+from spectrim.nn.find import elsewhere
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.proof import Expected, Proof
 from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits
-from spectrim.nn.watch.batches import Feed, one_by_one
+from spectrim.nn.watch.batches import Feed, largest_first, one_by_one
 from spectrim.nn.watch.junctions import Junction, junctions
 from spectrim.nn.watch.lockstep import Ended, lockstep
 from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, noise, reads_once
@@ -95,13 +96,15 @@ def carry_out(
     _check_call(batches, memory)
     feed, makers = Feed.of(forward), _makers(plan, methods)
     _check(plan, sites)
+    if why := elsewhere(model, sites):
+        raise PlanError(why)
     removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
     removal = Removal.of(model, sites, removed)
     entries = [entry for entry in plan if entry.site not in _channels(removal.sites)]
     _check_shapes(entries, removal.sites)
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
-    first = _noise(model, sites, feed) if batches is None else begun(batches)[0]
+    first = _noise(model, sites, feed) if batches is None else begun(largest_first(model, batches, feed))[0]
     if first is not None:
         feed.decide(model, first)
     proof = Proof(model, removal.model, expected, first, feed)

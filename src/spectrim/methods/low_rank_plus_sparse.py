@@ -33,7 +33,8 @@ _DENSITIES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.22, 0.28, 0.
 # What the low-rank part gets of the numbers stored.
 _SHARES = (0.0, 0.15, 0.3, 0.5)
 # For each of these shares, and twice as often for the sparse part alone, so many densities are on offer; half of them
-# and of the ranks in large layers, a quarter in huge ones, which also take fewer turns when they are carried out.
+# and of the ranks in large layers, a quarter in huge ones, which also take fewer turns when they are carried out. The
+# one rank of these is far below where low rank saves nothing, which would take longest of all.
 _FEW = 8
 _LARGE = 400_000
 _HUGE = 8_000_000
@@ -281,7 +282,7 @@ class LowRankPlusSparse(Method):
         elif not self.ranks:
             shares = (0.0,)
         for share in shares:
-            for total in _thinned(densities, few if share and self.share is None else 2 * few):
+            for total in _thinned(densities, few if share and self.share is None else 2 * few + 1):
                 # Patterns with a density of their own keep it; the low-rank part is then beside it.
                 yield int(share * total * numbers / each), total if fixed else round((1 - share) * total, 6)
 
@@ -293,10 +294,10 @@ class LowRankPlusSparse(Method):
         if self.share is not None or 0 not in self.densities or not most:
             return []
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
-        count = -(-self.ranks // _thin(spec))
+        count, below = -(-self.ranks // _thin(spec)), 0.5 if math.prod(spec.shape) > _HUGE else 0.0
         ranks = set()
         for n in range(count):
-            rank = most ** ((n + 1) / count)
+            rank = most ** ((n + 1) / (count + below))
             small = self.multiple_of is None and rank < step
             ranks.add(max(1, round(rank)) if small else step * max(1, round(rank / step)))
         return sorted(rank for rank in ranks if rank <= full and self._pays(spec, how, rank, _ANY, 0.0))

@@ -30,7 +30,7 @@ _DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 # Words of choices, the pattern of choices that they stand in, and what they mean; in the order they are explained.
 _WORDS = (
-    ("dense", r"\bdense\b", "left as it is"),
+    ("dense", r"\bdense\b", "its weight stays as it is"),
     ("rank r", r"\brank \d", "two thinner layers with r channels between them take the layer's place"),
     ("channel", r"\bchannel, rank", "the whole kernel first, then 1 x 1; of a linear layer two linear layers"),
     ("input", r"\binput, rank", "1 x 1 first, then the whole kernel"),

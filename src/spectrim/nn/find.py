@@ -28,6 +28,7 @@ from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.stored import bytes_of_state
 
 log = logging.getLogger(__name__)
+_ANEW = "Find and calibrate the sites in the model that is compressed"
 describe = spec_of  # as it was imported from here in 0.1, until 0.3
 
 
@@ -91,6 +92,33 @@ def find(
     for left in found.skipped:
         log.debug("left alone: %s (%s): %s", left.name, left.kind, left.reason)
     return found
+
+
+def elsewhere(model: nn.Module, sites: Sites) -> str:
+    """Why sites are not those of a model, so that what is worked out would be for other weights; empty if they are."""
+    there = dict(model.named_modules(remove_duplicate=False))
+    for site in sites.layers:
+        module = there.get(site.name)
+        if module is None:
+            return f"the model has no layer {site.name!r}. {_ANEW}"
+        if not is_plain(module):
+            continue
+        found, wanted = canonical(module), (site.weight, site.bias)
+        for what, one, other in zip(("weight", "bias"), found, wanted, strict=True):
+            if difference := _difference(one, other):
+                return f"the {what} of layer {site.name!r} is not that of the sites: {difference}. {_ANEW}"
+    return ""
+
+
+def _difference(present: Tensor | None, known: Tensor | None) -> str:
+    """In what a model's tensor differs from that of its site; empty if in nothing."""
+    if present is None or known is None:
+        return "" if present is known else "one of the two has none"
+    if present.shape != known.shape or present.dtype != known.dtype:
+        return f"{known.dtype} of shape {list(known.shape)} there, {present.dtype} of shape {list(present.shape)} here"
+    if present.data_ptr() == known.data_ptr() or torch.equal(present.to(known.device), known):
+        return ""
+    return "other numbers, as of another checkpoint, or of weights that were loaded or trained since"
 
 
 @dataclass

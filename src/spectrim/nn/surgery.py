@@ -28,6 +28,7 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
     What stands for a layer, or is a plain one, takes over the layer's own object (:mod:`spectrim.nn.standing`), so that
     all who hold it have it; any other module is put in place of it. Raises PlanError for a name that is no module's.
     """
+    taken_over = None
     for name in names:
         parent, _, leaf = name.rpartition(".")
         try:
@@ -35,6 +36,8 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
             old = model.get_submodule(name)
         except AttributeError as error:
             raise PlanError(f"the model has no module {name!r}: {error}") from error
+        if old is module or old is taken_over:
+            continue  # another name of what is as it is to be
         module.train(old.training)
         for tensor in old.parameters():
             module.to(tensor.device)
@@ -43,6 +46,7 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
             module.adopt(old)
         if fits(old, module):
             take_over(old, module)
+            taken_over = old
         else:
             setattr(owner, leaf, module)
         if isinstance(owner, nn.TransformerEncoderLayer) and not is_layer(module):

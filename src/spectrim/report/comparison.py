@@ -12,6 +12,7 @@ from torch import nn
 from spectrim.errors import called_as
 from spectrim.network.printing import Grid, Printed
 from spectrim.network.printing import show as show
+from spectrim.nn.agreement import metric_of
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
@@ -316,9 +317,8 @@ def _measure(
 ) -> tuple[dict[str, tuple[Line, ...]], Mapping[str, Timing]]:
     lines: dict[str, list[Line]] = {}
     for name, model in models.items():
-        scores = [Line(score, "%", Score(evaluate(model)), "higher")] if evaluate is not None else []
         lines[name] = [
-            *scores,
+            *([] if evaluate is None else [Line(score, "%", Score(metric_of(evaluate, model, f"{name!r}")), "higher")]),
             Line("parameters", "", float(parameter_count(model))),
             Line("MACs", "MAC", counted_macs(model, example)),
             Line("file size", "B", float(file_size(model))),

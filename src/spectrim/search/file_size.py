@@ -10,10 +10,11 @@ from torch import nn
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.sites import Sites
 from spectrim.network.skipped import Skipped
-from spectrim.nn.checkpoint import header_bytes
+from spectrim.nn.checkpoint import file_size, header_bytes
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import Selector
 
 _HEADER = "names, shapes, digests and the plan, which the file holds beside numbers: fewer layers take fewer"
 # Bytes that a header may grow by from one plan to the next.
@@ -21,6 +22,22 @@ _SLACK = 64
 
 
 Planned = Callable[[Sites, Candidates, Budget], tuple[Plan, Candidates]]
+
+
+def on_file(model: nn.Module, budget: Budget) -> Budget:
+    """The budget with a limit on bytes as a number, a share being one of the file of the (dense) model."""
+    if budget.bytes is None:
+        return budget
+    return budget.replace(bytes=Limit(Budget(bytes=budget.bytes).limits({"bytes": file_size(model)})["bytes"]))
+
+
+def selected(model: nn.Module, sites: Sites, table: Candidates, budget: Budget, selector: Selector) -> Plan:
+    """The plan of a selector, for a model in which all layers of the table are dense; bytes are those of files."""
+    if budget.bytes is None:
+        return selector(table, budget)
+    plan = within_file(model, sites, table, budget, lambda _, wider, limits: (selector(wider, limits), wider))[1]
+    dense = table.dense["bytes"] + header_bytes(model)
+    return dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": dense})
 
 
 def within_file(

@@ -117,9 +117,12 @@ class Budget:
             return value
         if isinstance(value, str):
             return cls.parse(value).meant()
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(isinstance(cost, str) for cost in value):
             return cls(**value)
-        raise TypeError(f"the budget is {value!r}: expected Budget(macs=0.5), text such as 'macs=50%' or a mapping")
+        raise TypeError(
+            f"the budget is {value!r}: expected Budget(macs=0.5), text such as 'macs=50%', or a mapping from costs to "
+            "limits, {'macs': 0.5}"
+        )
 
     @classmethod
     def absolute(cls, limits: Mapping[str, float]) -> Budget:

@@ -165,7 +165,8 @@ def select(candidates: Candidates, budget: BudgetLike, selector: Selector = exac
         What ``tabulate`` returned.
     budget
         Limits on the whole network, untouched layers included: a :class:`~spectrim.Budget`, text such as
-        ``"macs=50%"``, or a mapping.
+        ``"macs=50%"``, or a mapping. One on bytes limits the numbers, since the table knows no names: the whole file
+        is what :func:`spectrim.compress` limits.
     selector
         :func:`exact`, :func:`lagrangian`, :func:`greedy`, :func:`uniform`, :func:`energy`, or a function of yours.
 

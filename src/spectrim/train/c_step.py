@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.cost.counted import known
 from spectrim.errors import PlanError
@@ -17,6 +17,7 @@ from spectrim.methods.base import full_rank
 from spectrim.network.choices import Choice, ZeroChoice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
+from spectrim.search.file_size import selected
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan, make_plan
@@ -74,7 +75,7 @@ class CStep:
         fixed = {name: value + dense.get(name, costs[name]) - costs[name] for name, value in self.table.fixed.items()}
         self.table = dataclasses.replace(self.table, fixed=fixed)
 
-    def last(self, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
+    def last(self, model: nn.Module, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
         """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
         _check_finite(sites)
         fresh = self._again(sites)
@@ -84,7 +85,7 @@ class CStep:
             plan = self.choose(sites, mu, fresh)
         table = without_zero(with_distances(fresh, sites, mu, normalize=self.normalize))
         if self.budget is not None:
-            return table, exact(table, self.budget)
+            return table, selected(model, sites, table, self.budget, exact)
         numbers = {row.site: number for number, row in enumerate(table.rows)}
         picks = {numbers[entry.site]: buildable(table[entry.site], entry.choice) for entry in plan}
         built = make_plan(table, picks, budget={}, selector=plan.selector)

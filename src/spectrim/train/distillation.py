@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class Distillation:
     weight: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not (isinstance(self.temperature, Real) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature!r} must be above 0")
-        if not 0 <= self.weight <= 1:
+        if not (isinstance(self.weight, Real) and 0 <= self.weight <= 1):
             raise ValueError(f"weight={self.weight!r} must lie between 0 and 1")
 
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:

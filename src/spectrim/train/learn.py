@@ -17,6 +17,7 @@ from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.sampling import Sampling
+from spectrim.search.file_size import on_file
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.train.learning import LearnedResult, LearningRun
 from spectrim.train.loop import Evaluate
@@ -107,7 +108,7 @@ def learn_ranks(
     within the budget is fine-tuned and returned, and a note of the report says so. With a multiplier, and where
     milliseconds are limited, the two are not compared.
     """
-    limits = None if budget is None else _limits(budget, options)
+    limits = None if budget is None else _limits(model, budget, options)
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     run = LearningRun(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
@@ -163,7 +164,7 @@ def budget_path(
     """
     if not budgets:
         raise ValueError("give at least one budget")
-    limits = [_limits(budget, options) for budget in budgets]
+    limits = [_limits(model, budget, options) for budget in budgets]
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     run = LearningRun(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
@@ -181,8 +182,8 @@ def budget_path(
     return tuple(results)
 
 
-def _limits(budget: BudgetLike, options: Mapping[str, Any]) -> Budget:
-    """A budget over costs that there will be."""
+def _limits(model: nn.Module, budget: BudgetLike, options: Mapping[str, Any]) -> Budget:
+    """A budget over costs that there will be, of bytes of files."""
     limits = Budget.of(budget)
     limits.check([*COSTS, *counted.further(options.get("costs"))])
-    return limits
+    return on_file(model, limits)

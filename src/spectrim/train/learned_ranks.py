@@ -344,7 +344,7 @@ class LearnedRanks:
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites
-        self.candidates, chosen = self._c_step.last(sites, self.mu, self.plan)
+        self.candidates, chosen = self._c_step.last(self.model, sites, self.mu, self.plan)
         if plan is None:
             plan = chosen
             if self._latency is not None and self.budget is not None and batches is not None:

@@ -20,6 +20,7 @@ from torch.utils.data import DistributedSampler
 from spectrim.errors import CheckpointError
 from spectrim.network.file_kinds import path_of
 from spectrim.network.files import changed_values
+from spectrim.nn.agreement import metric_of
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import modes_kept
 from spectrim.nn.sparse.layers import Masked
@@ -264,9 +265,8 @@ class Loop:
 
     def _measure(self, evaluate: Evaluate) -> float:
         self.devices.share_buffers(self.model)
-        with draws_kept(), modes_kept(self.model), torch.no_grad():
-            self.model.eval()
-            return self.devices.from_main(float(evaluate(self.model)))
+        with draws_kept():
+            return self.devices.from_main(metric_of(evaluate, self.model, "the network in training"))
 
     def _check_finite(self, spoiled: str | None = None) -> None:
         loss, rate = self._loss_sum.item(), self._optimizer.param_groups[0]["lr"]

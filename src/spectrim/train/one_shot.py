@@ -17,6 +17,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.agreement import metric_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.preparation import Prepared
+from spectrim.search.file_size import selected
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -50,7 +51,7 @@ def one_shot(
     sites = known.sites.untied()
     timing = {"latency": known.latency, "dense_latency": known.dense_latency}
     table = tabulate(sites, methods, costs=costs, **timing)
-    plan = exact(table, budget)
+    plan = selected(net, sites, table, budget, exact)
     applied = carry_out(net, sites, plan, known.batches, methods=methods, forward=feed, sampling=known.sampling)
     return Candidate(applied, plan, table, sites)
 

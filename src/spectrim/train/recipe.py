@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -93,9 +94,9 @@ class Recipe:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         for name in ("lr", "momentum", "weight_decay", "clip"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
                 raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
-        if self.warmup is not None and not 0 <= self.warmup < 1:
+        if self.warmup is not None and not (isinstance(self.warmup, Real) and 0 <= self.warmup < 1):
             raise ValueError(f"warmup={self.warmup!r} is a share of all steps and must lie in [0, 1)")
 
     def lr_factor(self, step: int, total: int) -> float:

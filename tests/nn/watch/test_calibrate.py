@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import spectrim as st
 import spectrim.nn.watch.watchers as module_under_test
 from spectrim.cost.counted import macs, parameters
 from spectrim.errors import CalibrationError
@@ -104,7 +105,7 @@ def test_long_patches_keep_slices_of_each_unfolding_and_outputs(monkeypatch):
     model = Wrapped(nn.Conv2d(6, 4, (3, 2), groups=2))
     x = torch.randn(5, 6, 6, 6)
     sites = find(model)
-    full = calibrate(Wrapped(nn.Conv2d(6, 4, (3, 2), groups=2)), find(model), [x], rows=None)["layer"]
+    full = calibrate(model, sites, [x], rows=None)["layer"]
     assert set(full.statistics.names) == {"input"}  # 18 numbers
     monkeypatch.setattr(module_under_test, "FULL_PATCH", 17)
     site = calibrate(model, sites, [x], rows=None)["layer"]
@@ -266,6 +267,39 @@ def test_rows_of_another_kind_are_an_error(rows):
 def test_sites_of_another_model_are_an_error():
     with pytest.raises(CalibrationError, match="no layer 'stem'"):
         calibrate(nn.Sequential(nn.Linear(3, 2)), find(ConvNet()), [torch.randn(2, 3)])
+
+
+def trained(model):
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda net: trained(copy.deepcopy(net)), "the weight of layer '0' is not that of the sites: other numbers"),
+        (lambda net: copy.deepcopy(net).half(), "layer '0' is not that of the sites: torch.float32 .* torch.float16"),
+        (lambda net: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), r"shape \[1, 8, 6\] there, .* 9, 6\]"),
+        (lambda net: nn.Sequential(net[0]), "the model has no layer '2'"),
+    ],
+)  # fmt: skip
+def test_sites_of_other_weights_are_told_before_any_work(other, said):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(32, 6)
+    sites = calibrate(net, find(net), [x])
+    plan = st.select(st.tabulate(sites), "parameters=70%")
+    another = other(net)
+    for call in (
+        lambda: calibrate(another, sites, [x]),
+        lambda: st.sensitivity(another, sites, [x]),
+        lambda: st.apply(another, sites, plan),
+        lambda: st.apply(another, sites, plan, [x]),
+    ):
+        with pytest.raises((CalibrationError, st.PlanError), match=said):
+            call()
+    # A copy of the same numbers is the same model.
+    st.apply(copy.deepcopy(net), sites, plan, [x])
 
 
 class Detours(nn.Module):
@@ -543,7 +577,8 @@ class Recurrent(nn.Module):
 
 
 def test_recurrent_layers_and_bilinear_forms_are_work_beside_the_sites():
-    sites = calibrate(Recurrent().eval(), find(Recurrent()), [torch.randn(4, 5, 8)])
+    model = Recurrent().eval()
+    sites = calibrate(model, find(model), [torch.randn(4, 5, 8)])
     recurrent = 5 * 4 * 16 * (8 + 16 + 16 + 16)
     assert sites.other_macs == recurrent
     assert dict(sites.work) == {"l": recurrent}

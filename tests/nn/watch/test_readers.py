@@ -263,5 +263,6 @@ def test_what_only_asks_for_shape_and_dtype_of_a_weight_leaves_the_layer_to_be_c
 
 
 def test_numbers_of_a_weight_are_read_under_another_name_too():
-    sites = st.calibrate(Detached().eval(), st.find(Detached()), BATCHES)
+    model = Detached().eval()
+    sites = st.calibrate(model, st.find(model), BATCHES)
     assert [(each.name, "computes with its weight" in each.reason) for each in sites.skipped] == [("b", True)]

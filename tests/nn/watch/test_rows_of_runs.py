@@ -252,3 +252,25 @@ def test_rows_that_are_alike_within_samples_are_told():
         told = [note for note in notes[0] if "24 calibration samples are few" in note]
         assert len(told) == alike
         assert all("rows tell as much as " in note and "a few hundred" in note for note in told)
+
+
+def test_a_network_costs_the_same_in_whatever_order_batches_of_several_lengths_come():
+    torch.manual_seed(0)
+    batches = [texts(width) for width in (30, 40, 35)]
+    model = Texts().eval()
+    found = [st.compress(model, order, "macs=60%") for order in (batches, batches[::-1], batches[1:] + batches[:1])]
+    assert {result.plan.dense_costs["macs"] for result in found} == {found[0].plan.dense_costs["macs"]}
+    assert found[0].plan.dense_costs["macs"] == st.compress(model, [texts(40)], "macs=60%").plan.dense_costs["macs"]
+    for result in found:
+        assert result.plan.costs["macs"] <= result.plan.budget["macs"]
+        assert any("differ in size, from 30 to 40 numbers each" in note for note in result.report.notes)
+    same = st.compress(model, [texts(40), texts(40, left=True)], "macs=60%")
+    assert not any("differ in size" in note for note in same.report.notes)
+
+
+def test_rows_that_are_independent_are_not_called_alike():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    for count in (126, 128, 130):
+        sites = calibrate(net, find(net), list(torch.randn(count, 32).split(16)))
+        assert not any("so alike" in note for note in sites.notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -158,6 +158,19 @@ class Feed:
 def _run(model: nn.Module, run: Callable[[], Any], seed: int) -> Any:
     with seen_writing(model), drawn_from(seed, generators_of(model)):
         return run()
+
+
+def largest_first(model: nn.Module, batches: Iterable[Any], feed: Feed) -> Iterable[Any]:
+    """The batches of a list with one of the largest samples in front, whose shapes are what is counted and timed.
+
+    Else the order of samples that differ in size would decide what a network costs.
+    """
+    if not isinstance(batches, list | tuple) or len(batches) < 2:
+        return batches
+    layout = feed.decide(model, batches[0]).layout
+    sizes = [layout.numbers(batch) for batch in batches]
+    place = sizes.index(max(sizes))
+    return [batches[place], *batches[:place], *batches[place + 1 :]] if place else batches
 
 
 def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from spectrim.errors import CalibrationError, called_as
 from spectrim.linalg.moments import Moments
 from spectrim.network.sites import Layer, Sites
-from spectrim.nn.watch.batches import Feed
+from spectrim.nn.find import elsewhere
+from spectrim.nn.watch.batches import Feed, largest_first
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.masks import unread
 from spectrim.nn.watch.nesting import begun, checked_batches, without_numbers
@@ -24,6 +25,8 @@ from spectrim.nn.watch.watchers import Watcher
 from spectrim.progress import Steps, reports_steps, told
 
 log = logging.getLogger(__name__)
+# Sizes of samples are alike where the smallest is this share of the largest, and numbers of rows as well.
+_ALIKE = 0.9
 # Rows a number below which errors on other data are much larger than those on the rows.
 ENOUGH = 4
 
@@ -126,8 +129,9 @@ def calibrated(
         length = len(checked_batches(batches))
     except TypeError:
         length = None
+    batches = largest_first(model, batches, feed)
     first, stream = begun(batches)
-    keeps = False
+    keeps, sizes = False, set[int]()
     feed.decide(model, first)
     run = Extent(batches, feed.layout, amount.apart)
     watch = Watched.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics)
@@ -136,6 +140,7 @@ def calibrated(
         for index, batch in enumerate(stream):
             with hooked((*watch.hooks(model), *(() if index else watch.looks(state)))):
                 watch.see(call, batch, index)
+            sizes.add(feed.layout.numbers(batch))
             keeps = keeps if index else state.keeps or bool(state.holding())
             passes.behind(call, batch, index)
             progress(index + 1, length)
@@ -149,6 +154,7 @@ def calibrated(
         notes=(
             *found.notes,
             *feed.notes,
+            *_of_sizes(sizes, feed.layout.numbers(first)),
             *unread(first, feed.layout),
             *_unmasked(watch.watchers),
             *_alike(watch.watchers, found.samples),
@@ -162,14 +168,26 @@ def calibrated(
 
 
 def check_weights(model: nn.Module, sites: Sites) -> None:
-    """Raise CalibrationError for what no data mends: layers without weights yet, NaN or Inf in those of sites."""
+    """Raise CalibrationError for what no data mends: layers without weights yet, or others, or with NaN or Inf."""
     lazy = next((name for name, m in model.named_modules() if getattr(m, "has_uninitialized_params", bool)()), None)
     if lazy is not None:
         raise CalibrationError(
             f"layer {lazy!r} ({type(model.get_submodule(lazy)).__name__}) has no weights yet: run the model once on a "
             "batch, which gives lazy layers their shapes"
         )
+    if why := elsewhere(model, sites):
+        raise CalibrationError(why)
     sites.check_finite()
+
+
+def _of_sizes(sizes: Collection[int], first: int) -> Iterator[str]:
+    """What a user should know of samples that differ in size."""
+    if min(sizes) < _ALIKE * max(sizes):
+        which = "the largest" if first == max(sizes) else "those of the first batch"
+        yield (
+            f"samples differ in size, from {min(sizes):,} to {max(sizes):,} numbers each: MACs and milliseconds are "
+            f"those of one of {first:,}, {which}"
+        )
 
 
 def _unmasked(watchers: Mapping[str, Watcher]) -> Iterator[str]:
@@ -189,7 +207,11 @@ def _alike(watchers: Mapping[str, Watcher], samples: int) -> Iterator[str]:
     """What a user should know of layers whose rows are many and tell little, since those of a sample are alike."""
     worth = {name: (each.alike.independent, each.numbers) for name, each in watchers.items() if each.alike.count}
     many = {name: each for name, each in worth.items() if watchers[name].alike.count >= ENOUGH * each[1]}
-    short = {name: worth / numbers for name, (worth, numbers) in many.items() if worth < ENOUGH * numbers}
+    short = {
+        name: worth / numbers
+        for name, (worth, numbers) in many.items()
+        if worth < min(ENOUGH * numbers, _ALIKE * watchers[name].alike.count)
+    }
     if short and samples >= GUESSED:
         name = min(short, key=short.__getitem__)
         yield (

@@ -22,7 +22,7 @@ from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Extent, choose, directions
 from spectrim.nn.watch.switches import quiet_derivatives
-from spectrim.nn.watch.watched import Call, layer_of
+from spectrim.nn.watch.watched import Call
 
 # Output positions over the run at least, and in multiples of the number of output channels.
 FEWEST, FLOOR = 4096, 16
@@ -68,7 +68,7 @@ class GradientWatch:
         self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
         self._now: dict[str, list[Tensor]] = {}
         self._units: dict[int, float] = {}
-        self._hooks = [Hook(layer_of(model, spec), self.hook(spec)) for spec in specs]
+        self._hooks = [Hook(model.get_submodule(spec.name), self.hook(spec)) for spec in specs]
         # Writing in place into what backward passes read is rare, and what allows for it is slow.
         self._mutable = False
 

@@ -111,6 +111,11 @@ class Layout:
         plain = [(tensor, axis) for tensor, axis in cut if tensor.layout is torch.strided]
         return [[tensor.movedim(axis, 0)] for tensor, axis in plain or [(t.to_dense(), axis) for t, axis in cut]]
 
+    def numbers(self, batch: Any) -> int:
+        """How many numbers the largest sample of a batch has in the first of the inputs that tells samples apart."""
+        columns = self.columns(batch, self.size(batch))
+        return max((part.shape[1:].numel() for part in columns[0]), default=0) if columns else 0
+
     def lengths(self, batch: Any, size: int) -> frozenset[int]:
         """Sizes of the axis beside that of the samples."""
         found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(self.inputs(batch)))

@@ -108,11 +108,12 @@ def _is_added(found: Tensor, what: str) -> bool:
     added = found.is_floating_point() and (below or (found.dim() > 2 and not above))
     # One without positions to attend from is all zeros for a sample without padding, and for one of nothing else.
     if added and (above or found.dim() == 2):
+        entry = what if what.startswith("'") else "'mask'"
         raise CalibrationError(
             f"the mask {what} has numbers below 0, as one that is added to scores of attention, "
             + ("and others above it" if above else "for each position once")
             + ": expected one that is zero where there is padding, and not where there is data; pass a function that "
-            "compares it, such as mask=lambda batch: batch['mask'] == 0"
+            f"compares it, such as mask=lambda batch: batch[{entry}] == 0"
         )
     return added
 

@@ -20,7 +20,7 @@ from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.calibrate import calibrated
+from spectrim.nn.watch.calibrate import calibrated, check_weights
 from spectrim.nn.watch.gradients import FEWEST, Gradients, GradientWatch
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.nesting import begun, checked_batches
@@ -176,6 +176,7 @@ def _gradients(
     model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, feed: Feed, seed: int
 ) -> Gradients:
     """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
+    check_weights(model, sites)
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
     positions = Positions.of(model, first, feed)

@@ -138,15 +138,15 @@ class Watched:
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
-            yield Hook(layer_of(model, shapes.spec), shapes.hook(self.order))
+            yield Hook(model.get_submodule(shapes.spec.name), shapes.hook(self.order))
         for response in self.responses.values():
             for number, side in enumerate(response.sides):
-                layer = layer_of(model, self.watchers[side.name].spec)
+                layer = model.get_submodule(self.watchers[side.name].spec.name)
                 yield Hook(layer, response.hook(number), before=True)
 
     def looks(self, state: State) -> Iterator[Hook]:
         """Have what is kept amid the first pass be seen."""
-        layers = ((name, layer_of(self.model, shapes.spec)) for name, shapes in self.watchers.items())
+        layers = ((name, self.model.get_submodule(shapes.spec.name)) for name, shapes in self.watchers.items())
         return on_each(layers, lambda *_: state.look())
 
     def see(self, run: Call, batch: Any, index: int) -> None:
@@ -328,15 +328,6 @@ def with_stored(skipped: Iterable[Skipped], idle: Iterable[LayerSpec]) -> Iterat
         yield dataclasses.replace(
             each, costs={**each.costs, **{c: each.costs.get(c, 0.0) + v for c, v in costs.items()}}
         )
-
-
-def layer_of(model: nn.Module, spec: LayerSpec) -> nn.Module:
-    try:
-        return model.get_submodule(spec.name)
-    except AttributeError:
-        raise CalibrationError(
-            f"the model has no layer {spec.name!r}. Is this the model that the sites were found in?"
-        ) from None
 
 
 def _spoilt(model: nn.Module) -> str:

@@ -195,15 +195,16 @@ def _counted(wanted: Parameters, batch: Any) -> Iterator[Way]:
         yield Way(
             "the first element" if number == 1 else f"the first {number} elements",
             lambda batch, number=number: (tuple(batch[:number]), {}),
-            note=_left_over(number, needed, spare, len(batch)), names=wanted.places[:number] if number > 1 else (),
+            note=_left_over(number, needed, spare, batch), names=wanted.places[:number] if number > 1 else (),
         )  # fmt: skip
 
 
-def _left_over(number: int, needed: int, spare: Sequence[str], size: int) -> str:
-    """What a user should know of elements that may be inputs too."""
+def _left_over(number: int, needed: int, spare: Sequence[str], batch: Sequence[Any]) -> str:
+    """What a user should know of elements that may be inputs too. A second one that is a tensor is the targets."""
+    size = len(batch)
     if number > needed:
         return f"the first {number} elements of a batch were taken for inputs"
-    if needed == 1 and size > 2 and spare:
+    if needed == 1 and spare and (size > 2 or isinstance(batch[1], bool | int | float | str)):
         return (
             f"of {size} elements of a batch the first was taken for inputs, though forward takes {names_of(spare)} "
             "too; to pass more, pass forward=, a function (model, batch) that runs the model"
