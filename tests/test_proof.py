@@ -263,13 +263,14 @@ def test_without_batches_the_network_is_run_on_noise_of_the_shapes_of_calibratio
 def test_a_plan_of_another_network_is_told_from_an_edited_one() -> None:
     plans = {width: planned(nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32))) for width in (48, 64)}
     wide = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
-    notes = carry_out(wide, plans[64][0], plans[48][1], BATCHES).notes
+    sites = st.calibrate(wide, st.find(wide), BATCHES)
+    notes = carry_out(wide, sites, plans[48][1], BATCHES).notes
     assert "made for another network, in which '2' has 1,568 parameters and not 2,080" in notes[0]
     # Its choices cost what it says: what they are a share of does not.
     once = st.compress(wide, BATCHES, "macs=50%")
     again = st.compress(once.model, BATCHES, "macs=60%")
     assert not carry_out(once.model, again.sites, again.plan, BATCHES).notes
-    done = carry_out(wide, plans[64][0], again.plan, BATCHES)
+    done = carry_out(wide, sites, again.plan, BATCHES)
     assert re.search(r"the plan said [0-9,]+ parameters of its dense network, this one has 4,192", done.notes[0])
     assert "made for another network" in done.notes[0]
     assert remembered(done.model)[-1].dense_costs["macs"] == plans[64][1].dense_costs["macs"]

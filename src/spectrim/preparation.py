@@ -20,7 +20,7 @@ from spectrim.nn.channels.graph import couple
 from spectrim.nn.copying import check_copyable
 from spectrim.nn.find import Which, find
 from spectrim.nn.timing import as_timed, measure_latency, ready
-from spectrim.nn.watch.batches import Feed, largest_first
+from spectrim.nn.watch.batches import Feed, in_order
 from spectrim.nn.watch.calibrate import calibrated, check_weights
 from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.reconstruct import Split
@@ -177,7 +177,6 @@ def prepare(
             forward=feed, progress=progress,
         )  # fmt: skip
         return replace(known, sites=found.sites, batches=found.batches, sampling=found.sampling, curves={})
-    batches = largest_first(model, batches, feed)
     watched = functools.partial(progress, "calibrate")
     if sites.couplings and statistics:
         feed.decide(model, begun(batches)[0])
@@ -209,7 +208,8 @@ def prepare(
 
 def one_batch(model: nn.Module, batches: Iterable[Any], size: int, feed: Feed | None = None) -> Any:
     """One batch of the size that latency is measured at."""
-    first, _ = begun(batches)
-    feed = (feed or Feed()).decide(model, first)
+    feed = feed or Feed()
+    _, first = next(in_order(model, batches, feed))
+    feed.decide(model, first)
     args, kwargs = feed.arguments(model, feed.resized(first, size))
     return kwargs or args

@@ -62,6 +62,11 @@ def unlabelled() -> list[Tensor]:
     return [images for images, _ in batches()]
 
 
+def of_several_lengths() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, length, 8, generator=generator) for length in (3, 9, 5)]
+
+
 class Marked(nn.Module):
     """Takes what says where data is, and makes no use of it."""
 

@@ -361,6 +361,13 @@ def test_nan_in_padding_that_a_mask_tells_of_counts_nowhere(run, command: str):
     assert "Infinity" not in numbers
 
 
+def test_costs_are_those_of_the_largest_sample_wherever_they_are_told(run):
+    document = run.json("compress", "nets:perceptron", "--data", "nets:of_several_lengths", "-b", "macs=60%", "-o", "o")
+    [counted] = [row for row in document["comparison"]["rows"] if row["metric"] == "MACs"]
+    assert document["dense_costs"]["macs"] == counted["dense"] == 9 * (8 * 16 + 16 * 4)
+    assert document["costs"]["macs"] == counted["compressed"]
+
+
 def test_a_stop_before_there_is_anything_promises_nothing(run, monkeypatch: pytest.MonkeyPatch):
     def stopped() -> None:
         raise KeyboardInterrupt

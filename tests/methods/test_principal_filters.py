@@ -235,10 +235,9 @@ def test_fewer_samples_than_filters() -> None:
 def test_numbers_that_are_not_finite_are_refused_by_calibration() -> None:
     for bad in (float("nan"), float("inf")):
         model, x = made("chain", samples=8)
+        sites = st.couple(model, st.find(model), x)
         with torch.no_grad():
             model.a.bias[3] = bad
-        found = made("chain", samples=8)[0]
-        sites = st.couple(found, st.find(found), x)
         with pytest.raises(CalibrationError, match="NaN or Inf"):
             st.calibrate(model, sites, [x])
 

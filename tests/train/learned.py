@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.linalg.unfold import fold, unfold, unfolding
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.standing import laid_out
 from spectrim.selection.plan import Entry
 from spectrim.selection.trajectory import Record
 from spectrim.train.c_step import ZERO
@@ -22,6 +25,18 @@ def perturb(model: nn.Module, amount: float = 0.2) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.add_(amount * parameter.std() * torch.randn_like(parameter))
+
+
+def with_weights_of(result: st.Result, model: nn.Module) -> nn.Module:
+    """A copy of a model with the weights that the sites of a result hold."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for site in result.sites:
+            layer: Any = model.get_submodule(site.name)
+            layer.weight.copy_(laid_out(site.weight, site.spec))
+            if site.bias is not None:
+                layer.bias.copy_(site.bias)
+    return model
 
 
 def canonical(layer: nn.Module, tensor: Tensor) -> Tensor:

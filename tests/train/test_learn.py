@@ -23,7 +23,7 @@ from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_r
 from spectrim.train import resume as resuming
 from spectrim.train.one_shot import Candidate, better
 from tests.train import learning_script, mortal
-from tests.train.learned import timeless
+from tests.train.learned import timeless, with_weights_of
 from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, calibration, learn, options, path, shuffled
 from tests.train.small import accuracy, equal, fixed_batches, loader, weights
 
@@ -351,7 +351,7 @@ def test_the_table_of_a_result_selects_networks_that_can_be_built() -> None:
     lowest = sum(min(o.costs["parameters"] for o in row.options) for row in result.candidates)
     tight = st.Budget(parameters=f"{1.05 * (lowest + result.candidates.fixed['parameters'])}")
     plan = st.select(result.candidates, tight)
-    small = st.apply(model, result.sites, plan)
+    small = st.apply(with_weights_of(result, model), result.sites, plan)
     assert parameter_count(small) == plan.costs["parameters"] < result.plan.costs["parameters"]
 
 

@@ -18,6 +18,7 @@ import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, TrainingError
 from spectrim.methods import ActivationSVD, WeightSVD
 from spectrim.network.choices import DENSE, LowRankChoice
+from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Timing
 from spectrim.nn.watch.state import evaluating
 from spectrim.selection.candidates import Option, Row
@@ -26,7 +27,7 @@ from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedRanks, Recipe, Schedule, budget_path, fine_tune, learn_ranks
 from spectrim.train.c_step import ZERO, buildable
 from tests.cases import batches_for, settled
-from tests.train.learned import perturb
+from tests.train.learned import perturb, with_weights_of
 from tests.train.learning_script import LEARNING, TUNING, Residual, Stop, Stopping, learn, options
 from tests.train.small import equal, loader, weights
 
@@ -164,7 +165,11 @@ def test_the_candidates_of_a_result_can_be_selected_from_and_applied() -> None:
     )
     assert ZERO not in {option.choice for row in result.candidates for option in row.options}
     plan = st.select(result.candidates, st.Budget(parameters=0.4))
-    st.apply(model, result.sites, plan)
+    with pytest.raises(st.PlanError, match="has other numbers in the sites"):
+        st.apply(model, result.sites, plan)
+    trained = with_weights_of(result, model)
+    small = st.apply(trained, result.sites, plan)
+    assert parameter_count(small) == plan.costs["parameters"]
 
 
 @pytest.mark.slow
@@ -386,3 +391,17 @@ def test_outputs_without_gradients_cannot_be_trained() -> None:
     model.between = torch.Tensor.detach
     with pytest.raises(TrainingError, match="does not depend on a weight that is trained"):
         fine_tune(model, batches, epochs=1)
+
+
+def test_sites_of_another_network_are_told() -> None:
+    torch.manual_seed(0)
+    sites = st.find(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)))
+    for other, said in (
+        (
+            nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)),
+            "the weight of layer '0' is torch.float32 of shape",
+        ),
+        (nn.Sequential(nn.Linear(6, 8)), "the model has no layer '2'. Find and calibrate"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LearnedRanks(other, sites, BUDGET)

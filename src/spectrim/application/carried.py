@@ -25,10 +25,10 @@ from spectrim.nn.proof import Expected, Proof
 from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits
-from spectrim.nn.watch.batches import Feed, largest_first, one_by_one
+from spectrim.nn.watch.batches import Feed, in_order, one_by_one
 from spectrim.nn.watch.junctions import Junction, junctions
 from spectrim.nn.watch.lockstep import Ended, lockstep
-from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, noise, reads_once
+from spectrim.nn.watch.nesting import checked_batches, copied_batches, noise, reads_once
 from spectrim.nn.watch.norms import reestimate_batchnorm
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.passes import waves
@@ -104,7 +104,7 @@ def carry_out(
     _check_shapes(entries, removal.sites)
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
-    first = _noise(model, sites, feed) if batches is None else begun(largest_first(model, batches, feed))[0]
+    first = _noise(model, sites, feed) if batches is None else next(in_order(model, batches, feed))[1]
     if first is not None:
         feed.decide(model, first)
     proof = Proof(model, removal.model, expected, first, feed)

@@ -24,7 +24,7 @@ from spectrim.cost.runtimes import runtime_of
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_you_mean, in_short
 from spectrim.network.sites import Sites
 from spectrim.nn.timing import ready
-from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.batches import Feed, in_order
 from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.state import evaluating
@@ -180,10 +180,12 @@ def running(model: nn.Module, named: str) -> Iterator[None]:
 
 
 def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Module) -> Any:
-    """``samples`` samples from the first batch, as a model takes it, repeated if it has fewer."""
+    """``samples`` samples of the batch that costs are counted with, as a model takes it, repeated if it has fewer."""
     batch = _first(batches, name)
     with running(model, f"data {name!r}"):
         feed = Feed().decide(model, batch)
+        if isinstance(batches, list | tuple):
+            _, batch = next(in_order(model, batches, feed))
         _check_batch(samples, sum(t.numel() for t in tensors(batch)) / feed.layout.size(batch))
         feed(model, batch := feed.resized(batch, samples))
     return batch

@@ -94,31 +94,43 @@ def find(
     return found
 
 
-def elsewhere(model: nn.Module, sites: Sites) -> str:
-    """Why sites are not those of a model, so that what is worked out would be for other weights; empty if they are."""
+def misfit(model: nn.Module, sites: Sites) -> str:
+    """Why a model has no such layers as sites have; empty if it has."""
     there = dict(model.named_modules(remove_duplicate=False))
     for site in sites.layers:
-        module = there.get(site.name)
-        if module is None:
+        if site.name not in there:
             return f"the model has no layer {site.name!r}. {_ANEW}"
-        if not is_plain(module):
-            continue
-        found, wanted = canonical(module), (site.weight, site.bias)
-        for what, one, other in zip(("weight", "bias"), found, wanted, strict=True):
-            if difference := _difference(one, other):
-                return f"the {what} of layer {site.name!r} is not that of the sites: {difference}. {_ANEW}"
+        for what, present, known in _tensors_of(there[site.name], site):
+            if present is None or known is None:
+                if present is not known:
+                    return f"layer {site.name!r} has a {what} in one of model and sites alone. {_ANEW}"
+            elif present.shape != known.shape or present.dtype != known.dtype:
+                here, of_sites = (f"{each.dtype} of shape {list(each.shape)}" for each in (present, known))
+                return f"the {what} of layer {site.name!r} is {here} and in the sites {of_sites}. {_ANEW}"
     return ""
 
 
-def _difference(present: Tensor | None, known: Tensor | None) -> str:
-    """In what a model's tensor differs from that of its site; empty if in nothing."""
-    if present is None or known is None:
-        return "" if present is known else "one of the two has none"
-    if present.shape != known.shape or present.dtype != known.dtype:
-        return f"{known.dtype} of shape {list(known.shape)} there, {present.dtype} of shape {list(present.shape)} here"
-    if present.data_ptr() == known.data_ptr() or torch.equal(present.to(known.device), known):
-        return ""
-    return "other numbers, as of another checkpoint, or of weights that were loaded or trained since"
+def elsewhere(model: nn.Module, sites: Sites) -> str:
+    """Why sites are not those of a model, so that what is worked out would be for other weights; empty if they are."""
+    if why := misfit(model, sites):
+        return why
+    there = dict(model.named_modules(remove_duplicate=False))
+    for site in sites.layers:
+        for what, present, known in _tensors_of(there[site.name], site):
+            if present is None or known is None or present.data_ptr() == known.data_ptr():
+                continue
+            if not torch.equal(present.to(known.device), known):
+                return (
+                    f"the {what} of layer {site.name!r} has other numbers in the sites, as of another checkpoint or "
+                    f"from before a training. {_ANEW}"
+                )
+    return ""
+
+
+def _tensors_of(module: nn.Module, site: Layer) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """Weight and bias of a plain layer, each as it is there and as its site holds it; none of any other module."""
+    if is_plain(module):
+        yield from zip(("weight", "bias"), canonical(module), (site.weight, site.bias), strict=True)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from spectrim.errors import MissingMomentsError, PlanError, called_as
 from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
+from spectrim.nn.find import misfit
 from spectrim.nn.layers import canonical
 from spectrim.nn.standing import laid_out
 from spectrim.nn.watch.batches import Feed
@@ -170,6 +171,8 @@ class LearnedRanks:
         self.augmented = budget is None if augmented is None else augmented
         self.every, self.evaluate, self._latency = every, evaluate, latency
         self._check(multiplier)
+        if why := misfit(model, sites):
+            raise ValueError(why)
         self.methods = (
             as_methods(methods)
             if methods is not None

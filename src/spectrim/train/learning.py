@@ -51,7 +51,8 @@ class LearnedResult(Result):
     ----------
     model, plan, report, candidates, sites
         As of :class:`spectrim.Result`; the model is trained already, and the report tells how far its outputs agree
-        with those of the model that was given, on calibration samples, which were trained on.
+        with those of the model that was given, on calibration samples, which were trained on. The sites hold weights as
+        they were learned, which the given model has not: another plan is carried out on a network that has them.
     trajectory
         Ranks after every C step.
     learning, tuning

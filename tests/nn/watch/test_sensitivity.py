@@ -94,7 +94,7 @@ def test_gradients_modes_and_hooks_are_left_as_found():
     with pytest.raises(RuntimeError):
         probe(model, batches=[torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)])
     check()
-    with pytest.raises(CalibrationError, match="no layer 'zzz'. Is this the model that the sites were found in"):
+    with pytest.raises(CalibrationError, match="no layer 'zzz'. Find and calibrate the sites"):
         sensitivity(model, find(nn.ModuleDict({"stem": model.stem, "zzz": nn.Linear(2, 2)})), [torch.randn(2, 3, 6, 6)])
     check()
 

@@ -19,7 +19,7 @@ from spectrim.errors import CalibrationError, SpectrimError, check_function, in_
 from spectrim.nn.watch.chance import drawn_from, generators_of, seed_of
 from spectrim.nn.watch.layout import Layout, Mask, Where, check_where
 from spectrim.nn.watch.masks import with_numbers
-from spectrim.nn.watch.nesting import check_numbers, copied, dtype_of, in_words, kind_of, moved, tensors
+from spectrim.nn.watch.nesting import begun, check_numbers, copied, dtype_of, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
 from spectrim.nn.watch.nesting import logits as logits
 from spectrim.nn.watch.nesting import output_tensors as output_tensors
@@ -160,17 +160,19 @@ def _run(model: nn.Module, run: Callable[[], Any], seed: int) -> Any:
         return run()
 
 
-def largest_first(model: nn.Module, batches: Iterable[Any], feed: Feed) -> Iterable[Any]:
-    """The batches of a list with one of the largest samples in front, whose shapes are what is counted and timed.
+def in_order(model: nn.Module, batches: Iterable[Any], feed: Feed) -> Iterator[tuple[int, Any]]:
+    """Batches with their numbers; of a list one of the largest samples first, whose shapes are counted and timed.
 
-    Else the order of samples that differ in size would decide what a network costs.
+    Else the order of samples that differ in size would decide what a network costs. Raises CalibrationError if there is
+    no batch.
     """
-    if not isinstance(batches, list | tuple) or len(batches) < 2:
-        return batches
-    layout = feed.decide(model, batches[0]).layout
+    first, stream = begun(batches)
+    if not isinstance(batches, list | tuple):
+        return enumerate(stream)
+    layout = feed.decide(model, first).layout
     sizes = [layout.numbers(batch) for batch in batches]
     place = sizes.index(max(sizes))
-    return [batches[place], *batches[:place], *batches[place + 1 :]] if place else batches
+    return iter(sorted(enumerate(batches), key=lambda numbered: numbered[0] != place))
 
 
 def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any]:

@@ -13,7 +13,7 @@ from spectrim.errors import CalibrationError, called_as
 from spectrim.linalg.moments import Moments
 from spectrim.network.sites import Layer, Sites
 from spectrim.nn.find import elsewhere
-from spectrim.nn.watch.batches import Feed, largest_first
+from spectrim.nn.watch.batches import Feed, in_order
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.masks import unread
 from spectrim.nn.watch.nesting import begun, checked_batches, without_numbers
@@ -124,25 +124,24 @@ def calibrated(
     passes: PassMaker = PassMaker(),  # noqa: B008 (holds nothing)
 ) -> Sites:
     """As :func:`calibrate`, by passes that something else may have a part in."""
-    check_weights(model, sites)
     try:
         length = len(checked_batches(batches))
     except TypeError:
         length = None
-    batches = largest_first(model, batches, feed)
-    first, stream = begun(batches)
+    check_weights(model, sites)
+    (_, first), stream = begun(in_order(model, batches, feed))
     keeps, sizes = False, set[int]()
     feed.decide(model, first)
     run = Extent(batches, feed.layout, amount.apart)
     watch = Watched.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics)
     with observe(model, forward=feed) as call:
         state = State(model)
-        for index, batch in enumerate(stream):
+        for index, (number, batch) in enumerate(stream):
             with hooked((*watch.hooks(model), *(() if index else watch.looks(state)))):
-                watch.see(call, batch, index)
+                watch.see(call, batch, number, first=not index)
             sizes.add(feed.layout.numbers(batch))
             keeps = keeps if index else state.keeps or bool(state.holding())
-            passes.behind(call, batch, index)
+            passes.behind(call, batch, first=not index)
             progress(index + 1, length)
             if not statistics:
                 break
@@ -175,9 +174,9 @@ def check_weights(model: nn.Module, sites: Sites) -> None:
             f"layer {lazy!r} ({type(model.get_submodule(lazy)).__name__}) has no weights yet: run the model once on a "
             "batch, which gives lazy layers their shapes"
         )
+    sites.check_finite()
     if why := elsewhere(model, sites):
         raise CalibrationError(why)
-    sites.check_finite()
 
 
 def _of_sizes(sizes: Collection[int], first: int) -> Iterator[str]:

@@ -176,8 +176,8 @@ def _gradients(
     model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, feed: Feed, seed: int
 ) -> Gradients:
     """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
-    check_weights(model, sites)
     first, stream = begun(checked_batches(batches))
+    check_weights(model, sites)
     feed.decide(model, first)
     positions = Positions.of(model, first, feed)
     run = Extent(batches, feed.layout)
@@ -234,7 +234,7 @@ class _Shared(PassMaker):
         """None where the run is not known to be of so few samples."""
         return None if self._watch is None else self._watch.found
 
-    def make(self, call: Call, batch: Any, index: int) -> Any:
+    def make(self, call: Call, batch: Any) -> Any:
         watch = self._watch
         if watch is None or watch.reason:
             return call(batch)
@@ -243,8 +243,8 @@ class _Shared(PassMaker):
             raise _Refused(watch.reason) from watch.error
         return output
 
-    def behind(self, call: Call, batch: Any, index: int) -> None:
-        if index:
+    def behind(self, call: Call, batch: Any, *, first: bool) -> None:
+        if not first:
             return
         # How the model is fed is decided by now.
         model, sites, batches, samples, feed = self._of

@@ -51,11 +51,11 @@ Call = Callable[[Any], Any]
 class PassMaker:
     """How forward passes are made while a network is calibrated: as they are."""
 
-    def make(self, call: Call, batch: Any, index: int) -> Any:
+    def make(self, call: Call, batch: Any) -> Any:
         """The output of a pass that is watched."""
         return call(batch)
 
-    def behind(self, call: Call, batch: Any, index: int) -> None:
+    def behind(self, call: Call, batch: Any, *, first: bool) -> None:
         """What comes after it, of which nothing is watched."""
 
 
@@ -149,23 +149,23 @@ class Watched:
         layers = ((name, self.model.get_submodule(shapes.spec.name)) for name, shapes in self.watchers.items())
         return on_each(layers, lambda *_: state.look())
 
-    def see(self, run: Call, batch: Any, index: int) -> None:
-        """Run the model on a batch; on the first one count what it computes beside the statistics."""
+    def see(self, run: Call, batch: Any, number: int, *, first: bool) -> None:
+        """Run the model on a batch of that number; on the first one count what it computes beside the statistics."""
         samples = self.run.see(batch)
         self.order.start()
         size = samples.size
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
-            shapes.start(index, samples)
+            shapes.start(number, samples, first=first)
         for response in self.responses.values():
             response.start(samples)
-        if index:
-            output = self._run(run, batch, index)
+        if not first:
+            output = self._run(run, batch, number)
             self.ways.later(self.order.called)
         else:
             # A weight that is multiplied out is another tensor each time.
             specs = [layer.spec for layer in self.sites.layers if not layer.present]
             with WorkCounter() as counter, reading(self.model, specs) as read:
-                output = self._run(run, batch, index)
+                output = self._run(run, batch, number)
             self.ways.first(self.order.called)
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
             self.uncounted = counter.uncounted_in(self.model)
@@ -180,7 +180,7 @@ class Watched:
         found = [dense(tensor) for tensor in tensors(output)]
         if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in found):
             raise CalibrationError(
-                f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "
+                f"the model's output holds NaN in calibration batch {number}, behind the last layer that was watched. "
                 f"Check the weights there, the batch and the dtype.{_spoilt(self.model)}"
             )
         if self.streams is not None:
@@ -189,9 +189,9 @@ class Watched:
         self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
         self.masked |= samples.mask is not None
 
-    def _run(self, run: Call, batch: Any, index: int) -> Any:
+    def _run(self, run: Call, batch: Any, number: int) -> Any:
         try:
-            return self.passes.make(run, batch, index)
+            return self.passes.make(run, batch)
         except NotFiniteError as error:
             raise CalibrationError(f"{error}{_spoilt(self.model)}") from error
         except (SpectrimError, torch.OutOfMemoryError):
@@ -203,7 +203,7 @@ class Watched:
                     "while_loop, scan), where layers cannot be watched: write it as plain Python (if, for)"
                 ) from error
             raise ForwardError(
-                f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {index}, of which it "
+                f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {number}, of which it "
                 f"was given {self.given}: {in_short(error)}. {cure(error)}"
             ) from error
 

@@ -93,13 +93,13 @@ class Shapes:
         self._of = 1
         self.refused = ""
         self.seen = seen
-        self.index = 0
+        self.number = 0
         self.size = 1
         self.samples: Samples
 
-    def start(self, index: int, samples: Samples) -> None:
-        self.index, self.size, self.samples = index, samples.size, samples
-        self.frozen = index > 0
+    def start(self, number: int, samples: Samples, *, first: bool) -> None:
+        self.number, self.size, self.samples = number, samples.size, samples
+        self.frozen = not first
 
     def hook(self, order: Order) -> Callable[..., None]:
         @torch.no_grad()
@@ -188,7 +188,7 @@ class Watcher(Shapes):
         if not full:
             self._output.add(rows)
         if few:
-            self.alike.add(rows.transpose(0, 1).flatten(1), chosen.sample, self.size, self.index)
+            self.alike.add(rows.transpose(0, 1).flatten(1), chosen.sample, self.size, self.number)
 
     def _stream(self) -> Stream:
         spec, full = self.spec, in_full(self.spec)
@@ -216,7 +216,7 @@ class Watcher(Shapes):
         if not fine:
             raise NotFiniteError(
                 f"layer {self.spec.name!r} ({self.spec.kind}) {what} NaN or Inf, or numbers too large to be squared, "
-                f"in calibration batch {self.index}. Check the batch and the model's dtype."
+                f"in calibration batch {self.number}. Check the batch and the model's dtype."
             )
 
     def layer(self) -> Layer:
