@@ -112,6 +112,34 @@ def test_steps_that_are_given_what_another_takes(call: Callable[..., object], sa
     assert said in str(caught.value)
 
 
+LABELLED = [(BATCH, torch.arange(8))]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"teacher": net}, "teacher is a function: expected a Module, such as the dense model; of a"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, r"loss= returned a tensor of shape \(8,\): expected"),
+        ({"loss": lambda a, b: a.sum().item()}, "loss= returned a float: expected a tensor of one number"),
+        ({"loss": lambda a, b: a.detach().sum()}, "cut off from the outputs: expected a tensor of one number"),
+        ({"optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, "LBFGS runs the model several times"),
+        ({"optimizer": lambda groups: "adam"}, "optimizer= returned a str: expected an optimizer of torch"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_training_are_what_they_are_to_be(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        ANY.fine_tune(net(), LABELLED, epochs=1, **options)
+    if "optimizer" not in options:
+        with pytest.raises(TypeError, match=said):
+            ANY.learn_ranks(net(), LABELLED, "macs=90%", learning=Recipe(epochs=1), **options)
+
+
+def test_an_optimizer_in_place_of_a_function_is_told_in_a_line() -> None:
+    with pytest.raises(ValueError, match="or give a function from parameter groups to an optimizer") as caught:
+        ANY.fine_tune(net(), LABELLED, epochs=1, optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "clip", "warmup", "temperature", "weight"])
 def test_numbers_of_a_training_are_numbers(name: str) -> None:
     make = Distillation if name in ("temperature", "weight") else Recipe

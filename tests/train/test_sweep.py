@@ -171,6 +171,19 @@ def test_training_and_weights_are_added_to_points_that_are_there(
     assert st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, fine_tune=nudge, keep_models=True) == after
 
 
+def test_weights_that_were_kept_are_those_of_the_point_whatever_a_later_call_keeps(
+    model: nn.Module, batches: list[Tensor], tmp_path: Path
+) -> None:
+    for options in ({"keep_models": True}, {"fine_tune": nudge}, {"fine_tune": nudge, "keep_models": True}):
+        points = st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, **options)
+        small = points.result(0).model
+        if points[0].tuned:
+            nudge(small, None)
+        loaded = st.load(perceptron(), tmp_path / "macs-50pct/model.safetensors")
+        assert torch.equal(loaded(batches[0]), small(batches[0]))
+    assert points[0].tuned is not None
+
+
 def test_a_folder_holds_one_sweep(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
     st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path)
     other = perceptron()

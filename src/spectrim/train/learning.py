@@ -31,7 +31,7 @@ from spectrim.train.batches import epoch_length
 from spectrim.train.devices import assign
 from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Evaluate, Loop
-from spectrim.train.objective import Objective
+from spectrim.train.objective import Objective, check_teacher
 from spectrim.train.one_shot import Candidate, better, loss_of, one_shot
 from spectrim.train.recipe import Recipe
 from spectrim.train.result import TrainingResult
@@ -101,6 +101,7 @@ class LearningRun:
 
     def __post_init__(self) -> None:
         check_options(self.groups, self.latency)
+        check_teacher(self.training["teacher"])
         known = [
             name for name in inspect.signature(LearnedRanks).parameters if name not in ("model", "sites", "budget")
         ]

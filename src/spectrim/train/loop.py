@@ -31,7 +31,7 @@ from spectrim.progress import Update, training_bar
 from spectrim.train import batches as batching
 from spectrim.train import faults, randomness, resume
 from spectrim.train.devices import assign
-from spectrim.train.objective import Loss, Objective
+from spectrim.train.objective import Loss, Objective, check_teacher
 from spectrim.train.penalties import add_product_decay, factored_pairs
 from spectrim.train.recipe import Recipe, parameter_groups
 from spectrim.train.result import EpochRecord, TrainingResult
@@ -78,6 +78,7 @@ class Loop:
     ) -> None:
         if recipe.keep == "best" and evaluate is None:
             raise ValueError("keep='best' needs evaluate=, a function of the model to a number where higher is better")
+        check_teacher(teacher)
         if teacher is model:
             raise ValueError("the teacher is the model itself; pass a copy made before the compression")
         self.model, self.batches, self.recipe = model, batches, recipe

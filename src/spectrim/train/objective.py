@@ -19,6 +19,27 @@ from spectrim.train.distillation import IGNORED, Distillation, cross_entropy
 Loss = Callable[[Any, Any], Tensor]
 
 
+def check_teacher(teacher: object) -> None:
+    """Raise TypeError for what cannot be asked as a model is."""
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"teacher is a {type(teacher).__name__}: expected a Module, such as the dense model; of a result, its "
+            ".model"
+        )
+
+
+def _checked(loss: object) -> Tensor:
+    """What a user's loss returned, if gradients can go back from it."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and (loss.requires_grad or not torch.is_grad_enabled()):
+        return loss.reshape(())
+    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    flat = isinstance(loss, Tensor) and loss.numel() == 1
+    raise TypeError(
+        f"loss= returned {what}{', cut off from the outputs' if flat else ''}: expected a tensor of one number that is "
+        "computed from the outputs, as with reduction='mean'"
+    )
+
+
 class Objective:
     """Loss of a model on inputs and targets.
 
@@ -68,7 +89,7 @@ class Objective:
 
     def _task(self, output: Any, student: Any, targets: Any) -> Tensor:
         if self.loss is not None:
-            return self.loss(student, targets)
+            return _checked(self.loss(student, targets))
         loss = _loss(output)
         if loss is not None:
             return loss.float()

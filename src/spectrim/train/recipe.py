@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,9 @@ class Recipe:
         for name, words in _WORDS.items():
             value = getattr(self, name)
             if words and value not in words and not (name == "optimizer" and callable(value)):
-                raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(map(repr, words))}")
+                other = ", or give a function from parameter groups to an optimizer" if name == "optimizer" else ""
+                said = " ".join(repr(value).split())
+                raise ValueError(f"{name}={said:.80} is not known; choose from {', '.join(map(repr, words))}{other}")
         for name, least in (("epochs", 0), ("evaluate_every", 1), ("checkpoint_every", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -113,7 +116,7 @@ class Recipe:
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimizer of this recipe on parameter groups from :func:`parameter_groups`."""
         if not isinstance(self.optimizer, str):
-            return self.optimizer(groups)
+            return _stepping(self.optimizer(groups))
         lr = _DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0, foreach=True)
@@ -129,6 +132,19 @@ class Recipe:
         if self.batch_norm == "train":
             del values["batch_norm"]  # checkpoints of before it was there have none
         return values
+
+
+def _stepping(optimizer: object) -> Optimizer:
+    """What a user's function made, if it can take a step by gradients that are there."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer= returned a {type(optimizer).__name__}: expected an optimizer of torch")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} runs the model several times a step, for which it needs a closure: give an "
+            "optimizer that does not, such as torch.optim.AdamW"
+        )
+    return optimizer
 
 
 # What fields may say in words, by their names.

@@ -301,8 +301,8 @@ class Sweeping:
                 point = self._tuned(point, small)
             elif point.tuned is not None:
                 point = point.noted(f"{MODEL} is the network before fine-tuning, which was done without it")
-            if place is not None and self.keep_models:
-                save(small, point.plan, place / MODEL)
+            if place is not None and (self.keep_models or (place / MODEL).exists()):
+                save(small, point.plan, place / MODEL)  # weights of an earlier run are those of the point again
             self._keep(point)
         if place is not None:
             (place / TUNING).unlink(missing_ok=True)
