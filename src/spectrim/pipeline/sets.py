@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -16,7 +16,7 @@ from spectrim.pipeline.report import Result
 from spectrim.pipeline.shrinking import shrink, shrink_best, with_verdict
 from spectrim.pipeline.within import Within
 from spectrim.preparation import Prepared
-from spectrim.search.arms import usual
+from spectrim.search.arms import Arm, usual
 
 log = logging.getLogger(__name__)
 # Share of outputs that agree with dense ones, below which a user is told what else there is.
@@ -68,22 +68,25 @@ def reached(
         Why all compete after the default, in words.
     """
     if sets is Sets.ALL:
-        return _by_all(model, goal, making, prepared(competing=True))
+        known = prepared(competing=True)
+        return _among(model, goal, making, known, usual(goal.limited, known.sites))
     known = prepared(competing=False)
-    within = None if goal.tolerance is None else Within(model, goal, goal.tolerance, making, known)
+
+    def others(why: str) -> tuple[Prepared, list[Arm]]:
+        told(why)
+        again = prepared(competing=True, known=known)
+        return again, usual(goal.limited, again.sites)
+
     try:
-        result = _by_one(model, goal, making, known, sets) if within is None else within.reached()
+        if goal.tolerance is None:
+            return _by_one(model, goal, making, known, sets)
+        within = Within(model, goal, goal.tolerance, making, known)
+        result = within.reached(None if sets is Sets.NAMED else others)
+        return _widened(result, within.widened) if within.widened else result
     except InfeasibleBudgetError as error:
         if sets is Sets.NAMED:
             raise
-        told(error.brief)
-        return _widened(_by_all(model, goal, making, prepared(competing=True, known=known)), error.brief)
-    if within is None or not within.at_the_end or sets is Sets.NAMED:
-        return result
-    why = within.refused
-    told(why)
-    known = prepared(competing=True, known=known)
-    return _widened(within.widened(known, usual(goal.limited, known.sites)), why)
+        return _widened(_among(model, goal, making, *others(error.brief)), error.brief)
 
 
 def _by_one(model: nn.Module, goal: Goal, making: Making, known: Prepared, sets: Sets) -> Result:
@@ -97,9 +100,8 @@ def _by_one(model: nn.Module, goal: Goal, making: Making, known: Prepared, sets:
     return result if goal.judge.evaluate is None else with_verdict(result, goal.judge)
 
 
-def _by_all(model: nn.Module, goal: Goal, making: Making, known: Prepared) -> Result:
-    """The network by all sets that fit."""
-    arms = usual(goal.limited, known.sites)
+def _among(model: nn.Module, goal: Goal, making: Making, known: Prepared, arms: Sequence[Arm]) -> Result:
+    """The network by several sets."""
     if goal.tolerance is not None:
         return Within(model, goal, goal.tolerance, making, known, arms).reached()
     assert goal.budget is not None

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -31,6 +31,10 @@ _LESS = (
 )
 
 
+Others = Callable[[str], tuple[Prepared, Sequence[Arm]]]
+"""The network prepared for other sets of methods, and these, the simplest first; called with why they are asked for."""
+
+
 class Within:
     """A search for the smallest network that loses no more than a goal tolerates.
 
@@ -40,10 +44,13 @@ class Within:
         The smallest network that was seen to hold; None if none was.
     refused
         Why the one set of methods makes no network of a size that was tried; empty if all could be had.
+    widened
+        Why other sets competed after the one; empty if they did not.
     """
 
     best: Result | None = None
     refused: str = ""
+    widened: str = ""
 
     def __init__(
         self, model: nn.Module, goal: Goal, tolerance: Tolerance, making: Making, prepared: Prepared,
@@ -62,8 +69,10 @@ class Within:
         self._tables, self._standings = Tables(prepared, arms or (only,), self.making), Standings(arms)
         self._first = self._tables.of((arms or (only,))[0])
 
-    def reached(self) -> Result:
+    def reached(self, others: Others | None = None) -> Result:
         """The network by all that compete: what the goal's budget gives if it holds, else the smallest.
+
+        Where the one set of methods makes no smaller network than one that holds, ``others`` compete for less.
 
         Raises
         ------
@@ -73,6 +82,9 @@ class Within:
         budget = self.goal.budget
         if budget is None:
             self._in_full(tightest(self.goal.cost, self._first.dense))
+            if others is not None and self._at_the_end:
+                self.widened, self.refused = self.refused, ""
+                self._widen(*others(self.widened))
             return self._concluded()
         stated = self._among(self._arms, budget) if self._arms else self._made(budget)
         if self._holds(stated):
@@ -81,17 +93,17 @@ class Within:
         raise ToleranceError(_gate(budget, stated, self.best), self.best)
 
     @property
-    def at_the_end(self) -> bool:
+    def _at_the_end(self) -> bool:
         """Whether smaller networks cannot be had by the one set of methods, which the tolerance would let them be."""
         size = math.inf if self.best is None else self.best.plan.costs[self._axis]
         return bool(self.refused) and size <= self._fallen
 
-    def widened(self, prepared: Prepared, arms: Sequence[Arm]) -> Result:
-        """The network where other sets compete after all, from the size on that the first of the arms reached."""
+    def _widen(self, prepared: Prepared, arms: Sequence[Arm]) -> None:
+        """Have other sets compete after all, from the size on that the first of the arms reached."""
         self._competes(prepared, arms)
         name = arms[0].name
         if self.best is None:
-            self._standings.refused(arms[:1], self._first.dense[self.goal.cost], self.refused)
+            self._standings.refused(arms[:1], self._first.dense[self.goal.cost], self.widened)
         else:
             verdict, plan = verdict_of(self.best), self.best.plan
             row = Tried(
@@ -99,9 +111,7 @@ class Within:
                 dense_costs=plan.dense_costs, chosen=True,
             )  # fmt: skip
             self.best = self.best.reporting(arms=(row,))
-        self.refused = ""
         self._others(tightest(self.goal.cost, self._first.dense))
-        return self._concluded()
 
     def _in_full(self, limits: dict[str, float]) -> None:
         """Search the first set in full, then the others."""
