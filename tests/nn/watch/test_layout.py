@@ -196,6 +196,18 @@ def test_a_mask_in_a_tuple_is_passed_and_told() -> None:
     assert not plain.notes
 
 
+@pytest.mark.parametrize(("second", "told"), [(True, True), (5, True), (0.5, True), ("flip", True), (LABELS, False)])
+def test_what_can_be_no_labels_is_told_where_forward_takes_more(second: Any, told: bool) -> None:
+    class More(One):
+        def forward(self, x: torch.Tensor, how: Any = None) -> torch.Tensor:
+            return self.fc(x if how is None else -x)
+
+    feed = Feed()
+    feed(More(), (X, second))
+    assert [note for note in feed.notes if "though forward takes 'how' too" in note] == list(feed.notes)
+    assert bool(feed.notes) is told
+
+
 def test_what_fails_is_told_with_all_that_was_tried() -> None:
     class Picky(One):
         def forward(self, *inputs: Any) -> torch.Tensor:
