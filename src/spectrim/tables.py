@@ -313,6 +313,8 @@ def _row(
 
 
 def _told_by(curves: Sequence[tuple[Method, Curve]]) -> dict[str, Any]:
-    """What methods say of a row as a whole: its spectra, and what losing all of the site adds to the loss."""
+    """What methods say of a row as a whole: spectra, what losing all of the site adds to the loss, what is missing."""
     spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
-    return {"spectra": spectra, "scale": next((curve.scale for _, curve in curves if curve.choices), 1.0)}
+    missing = "; ".join(curve.missing for _, curve in curves if curve.missing)
+    scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
+    return {"spectra": spectra, "scale": scale, "missing": missing}

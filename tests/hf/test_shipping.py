@@ -14,14 +14,17 @@ from torch import nn
 
 import spectrim as st
 from spectrim.nn.checkpoint import same_weights
-from spectrim.nn.modules import FactoredHead, FactoredTable
+from spectrim.nn.modules import Factored, FactoredHead, FactoredTable
 from spectrim.nn.shipping import rewritten
 
 pytest.importorskip("transformers")
 
 import spectrim.hf  # noqa: I001
 from tests.hf.nets import BUDGETS, METHODS, NAMES, compressed, inputs, logits, make
-from transformers import AutoConfig, AutoModel, BertForSequenceClassification, BertModel, PreTrainedModel
+from transformers import (
+    AutoConfig, AutoModel, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+    LlamaForCausalLM, PreTrainedModel,
+)  # fmt: skip
 
 
 TIED = [
@@ -251,6 +254,28 @@ def test_compressed_twice(tmp_path: Path) -> None:
     assert any(entry.site.endswith(("proj.0", "proj.1")) for entry in plan if not entry.choice.is_dense)
     assert torch.equal(logits(again(twice, tmp_path), "llama"), logits(twice, "llama"))
     assert torch.equal(logits(again(small, tmp_path), "llama"), logits(small, "llama"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_pairs_of_pairs_and_of_single_weights(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 64, (8, 12))} for _ in range(4)]
+    if name == "gpt2":
+        config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+        model, once, then, more = st.with_linear_layers(GPT2LMHeadModel(config)), "bytes=50%", "bytes=80%", {}
+    else:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        model, once, then = LlamaForCausalLM(config), "parameters=70%", "parameters=90%"
+        more = {"methods": st.LowRankPlusSparse()}
+    small = st.compress(model.eval(), batches, once, **more).model
+    twice: Any = st.compress(small, batches, then, **more).model
+    assert any(isinstance(pair, Factored) and getattr(pair.first, "bias", None) is not None for pair in twice.modules())
+    loaded = again(twice, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batches[0]).logits, twice(**batches[0]).logits)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -194,6 +194,10 @@ def test_ranks_that_would_take_too_long_are_not_offered(
     assert len(some) < len(every)
     assert "on is not offered" in caplog.text
     assert not ActivationTucker2().curve(site).choices
+    # Of a budget that cannot be met this is the reason.
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3)), torch.randn(16, 8, 6, 6)
+    with pytest.raises(st.InfeasibleBudgetError, match="fitting ActivationTucker2 to it would take too long"):
+        st.compress(model, [x], "macs=50%", methods=ActivationTucker2())
 
 
 def test_without_data_activations_say_which_method_needs_none() -> None:

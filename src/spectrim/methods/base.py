@@ -46,6 +46,8 @@ class Curve:
         What losing all of the site's energy would add to the loss that selectors minimise.
     spectra
         Normalised energies a component by unfolding, for people to look at.
+    missing
+        Why there is no choice where the method is for such a site, for people.
     """
 
     choices: tuple[Choice, ...]
@@ -53,6 +55,7 @@ class Curve:
     unit: str
     scale: float = 1.0
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    missing: str = ""
 
     @classmethod
     def joined(cls, unit: str, curves: Iterable[Curve]) -> Curve:

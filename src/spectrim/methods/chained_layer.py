@@ -131,8 +131,9 @@ class ChainMethod(Method):
             return Curve((), (), unit)
         layer = self.layer(site)
         pairs = [(choice, error) for choice, error in self.offered(layer) if error <= 1]
-        scale = statistics.scale(site, layer.energy)
-        return Curve(tuple(choice for choice, _ in pairs), tuple(error for _, error in pairs), unit, scale)
+        choices, errors = tuple(choice for choice, _ in pairs), tuple(error for _, error in pairs)
+        missing = "" if pairs or not self.leanest(site) else f"fitting {self.name} to it would take too long"
+        return Curve(choices, errors, unit, statistics.scale(site, layer.energy), missing=missing)
 
     @abstractmethod
     def layer(self, site: Layer) -> ChainedLayer:

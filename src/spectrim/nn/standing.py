@@ -38,6 +38,8 @@ class StandIn(nn.Module):
         original: LayerSpec
     # The layer's own type, of what has taken a layer's place.
     _stands_for: type[nn.Module] | None = None
+    # It has no numbers of its own for transformers to fill, which would ask for its product while parts lie packed.
+    _is_hf_initialized = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # What a user's type does with types that are derived from it (registers, refuses) is not meant for these.

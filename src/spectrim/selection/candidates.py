@@ -46,6 +46,8 @@ class Row(Printed):
         For a group of sites that may share factors: the sites, whose own rows it is on offer in place of.
     of_channels
         Whether it is about coupled channels, in place of layers.
+    missing
+        Why methods that are for such a site offer nothing for it, for people; empty where nothing is to be told.
     """
 
     site: str
@@ -56,6 +58,7 @@ class Row(Printed):
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     members: tuple[str, ...] = ()
     of_channels: bool = False
+    missing: str = ""
 
     @property
     def dense(self) -> Option:
@@ -209,7 +212,7 @@ class Candidates(Printed):
         stay = {each.name.removesuffix(":out"): each.reason for each in self.skipped if not each.costs}
         why = stay.get("", "no method offers anything cheaper for it")
         idle = [
-            Skipped(row.site, row.kind, stay.get(row.site, why), row.dense.costs)
+            Skipped(row.site, row.kind, stay.get(row.site, row.missing or why), row.dense.costs)
             for row in self.singles
             if len(row.options) == 1 and not row.of_channels and not narrows and row.site not in grouped
         ]
