@@ -163,11 +163,12 @@ def test_an_optimizer_is_not_emptied_for_a_network_it_has_nothing_to_do_with() -
         ({"seconds": 5, "groups": False}, "give methods='auto' too"),
         ({"methods": "auto", "groups": True}, "takes no groups=True"),
         ({"methods": "Auto"}, "methods='auto', in small letters"),
+        ({"budget": None, "min_agreement": 0.9, "cost": "params"}, "cost= names params, which the table does not hold"),
     ],
 )
 def test_options_of_a_search(options: dict[str, Any], said: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
-        ANY.compress(net(), [BATCH], "macs=50%", **options)
+        ANY.compress(net(), [BATCH], **{"budget": "macs=50%", **options})
     assert said in str(caught.value)
 
 

@@ -209,7 +209,8 @@ def in_short(error: BaseException) -> str:
     return (" ".join(str(error).split()) if first.endswith(":") else first)[:200]
 
 
-def _a(word: str) -> str:
+def with_article(word: str) -> str:
+    """A word behind its article."""
     return f"an {word}" if word[0] in "AEIOUaeiou" else f"a {word}"
 
 
@@ -276,8 +277,8 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
                 if not isinstance(value, kinds.get(name, object)):
                     kind = kinds[name]
                     wanted = kind if isinstance(kind, tuple) else (kind,)
-                    expected = " or ".join(_a(each.__name__) for each in wanted)
-                    raise TypeError(f"{name} is {_a(type(value).__name__)}: expected {expected}. {cure}")
+                    expected = " or ".join(with_article(each.__name__) for each in wanted)
+                    raise TypeError(f"{name} is {with_article(type(value).__name__)}: expected {expected}. {cure}")
             try:
                 with _as_torch_begins():
                     return verb(*args, **kwargs)

@@ -777,3 +777,17 @@ def test_a_network_that_is_compressed_already_is_told_where_to_begin(tmp_path):
     save(made[0], plan_of({"stem": low_rank(2)}), tmp_path / "small.safetensors")
     with pytest.raises(CheckpointError, match=r"layer 'stem', but it is compressed already .*before any compression"):
         load(made[1], tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"]
+)
+def test_what_compiles_or_distributes_a_network_has_no_part_in_its_file(wrap, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)), torch.randn(64, 32)
+    result = st.compress(model, [x], "macs=50%")
+    wrapped = wrap(result.model)
+    st.save(wrapped, result.plan, tmp_path / "small.safetensors")
+    assert torch.equal(st.load(copy.deepcopy(model), tmp_path / "small.safetensors")(x), result.model(x))
+    carried = st.carry_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, wrapped)
+    assert not carried.reset

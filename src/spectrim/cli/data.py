@@ -31,7 +31,7 @@ from spectrim.cli import data_files
 from spectrim.cli.data_options import ArrayOptions, DataOptions, FolderOptions, ImageOptions, TableOptions
 from spectrim.cli.references import Reference, UsageError, call_reference, factory, filled, parse
 from spectrim.cli.sources import check_factory, names_nothing
-from spectrim.errors import did_you_mean
+from spectrim.errors import did_you_mean, with_article
 
 CALIBRATION = 2048
 Purpose = Literal["test", "calibration", "training"]
@@ -77,8 +77,8 @@ class Data:
         text = self.reference.text
         if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping) or _is_one_thing(found):
             raise UsageError(
-                f"data {text!r} returned a {type(found).__name__}, not an iterable of batches: return a list of them, "
-                "or a DataLoader"
+                f"data {text!r} returned {with_article(type(found).__name__)}, not an iterable of batches: return a "
+                "list of them, or a DataLoader"
             )
         if iter(found) is found:
             raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list")

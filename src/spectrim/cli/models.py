@@ -30,7 +30,7 @@ from spectrim.cli.common import is_of_memory
 from spectrim.cli.references import Reference, UsageError, call_reference, factory, installed, nearest, need, parse
 from spectrim.cli.sources import check_factory, names_nothing
 from spectrim.cli.weights import SUFFIXES, check_file, fill, part_taken, read_weights, unreadable
-from spectrim.errors import SpectrimError, did_you_mean, in_short
+from spectrim.errors import SpectrimError, did_you_mean, in_short, with_article
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,7 +118,7 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
             )
         model = call_reference(made, reference, "model")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(f"model {text!r} returned {with_article(type(model).__name__)}, not a torch.nn.Module")
     if weights is not None and _is_compressed(check_file(weights)):
         from spectrim.nn.checkpoint import load
 

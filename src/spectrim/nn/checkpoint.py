@@ -28,6 +28,7 @@ from spectrim.nn.sparse.packed import masked_in
 from spectrim.nn.standing import StandIn
 from spectrim.nn.stored import name_in
 from spectrim.nn.traits import Traits
+from spectrim.nn.watch.ways import bare
 from spectrim.selection.plan import Entry, Plan
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
@@ -66,8 +67,8 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     Parameters
     ----------
     model
-        What :func:`spectrim.apply` returned, fine-tuned or not; or a result, which has model and plan, and the path
-        after it: ``save(result, path)``.
+        What :func:`spectrim.apply` returned, fine-tuned or not, compiled or distributed; or a result, which has model
+        and plan, and the path after it: ``save(result, path)``.
     plan
         The plan it was made by; the file says what its choices cost, also where it was edited. What was compressed
         before, and has been compressed again, is saved with the plans that were carried out before this one.
@@ -92,6 +93,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
             f"save got {', '.join(type(each).__name__ for each in (model, plan, path) if each is not None)}: write "
             "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
         )
+    model = bare(model)
     _check_carried_out(model, plan)
     plan = carried_out(model, plan)
     tensors, metadata = _contents(model, (*earlier(model, plan), plan))

@@ -33,7 +33,7 @@ from spectrim.preparation import one_batch as one_batch  # its former place, unt
 from spectrim.progress import Progress, reports, told
 from spectrim.search.judge import Evaluate, Judge
 from spectrim.search.tolerance import Tolerance
-from spectrim.selection.budget import COSTS, Budget, BudgetLike
+from spectrim.selection.budget import COSTS, Budget, BudgetLike, check_costs
 from spectrim.selection.front import Better
 from spectrim.selection.selectors import Selector, exact
 
@@ -166,7 +166,8 @@ def compress(
     judge = Judge.of(evaluate, better)
     tolerance = Tolerance.of(max_drop, min_agreement, judge)
     stated = _stated(budget, tolerance, cost)
-    stated.check([*COSTS, *counted.further(costs)])
+    known = [*COSTS, *counted.further(costs)]
+    stated.check(known) if budget is not None else check_costs("cost= names", [cost], known)
     competing = isinstance(methods, str) and methods == "auto"
     sets = Sets.of(auto=competing, said=methods is not None or groups is not None)
     _check_search(selector, seconds, groups, sets)

@@ -29,6 +29,7 @@ from spectrim.cost.latency import Latency
 from spectrim.errors import MissingMomentsError, PlanError, called_as
 from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods
 from spectrim.network.sites import Layer, Site, Sites, Statistics
+from spectrim.nn.agreement import metric_of
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import misfit
 from spectrim.nn.layers import canonical
@@ -387,7 +388,7 @@ class LearnedRanks:
         if self.evaluate is None:
             return None
         with draws_kept():
-            metric = float(self.evaluate(self.nested().eval()))
+            metric = metric_of(self.evaluate, self.nested(), "the network of the ranks so far")
         return metric if math.isfinite(metric) else None
 
     def _run(self) -> dict[str, Any]:
