@@ -432,7 +432,11 @@ WORDS = {
         "It is ahead of low rank everywhere, and a little behind the best of the other ways at one of the points.",
     ),
     "S5": Words("VGG-16 in a fifteenth of the bytes", "Points lost on CIFAR-10.", _NARROW),
-    "S5 (pass)": Words("A whole pass over networks of ImageNet's shapes", "Time and memory, random weights."),
+    "S5 (pass)": Words(
+        "A whole pass over networks of ImageNet's shapes", "Time and memory, random weights.",
+        "Three quarters of VGG-16's weights are one linear layer's: arrays of 400 to 800 MB are read again in every turn. "
+        "Of its time fitting the layers in order takes 60 %, tabulating 37 %.",
+    ),
     "S6": Words(
         "The kernel of a sparse layer is chosen by measuring",
         "A linear layer of 4096 x 4096 as low rank plus sparse: the chosen kernel against the fastest.",

@@ -26,7 +26,7 @@ def beside_others(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
                 continue
             auto = best.get("auto")
             cells = [_cell(kind.metric, best.get(which)) for which in ("peer", "ours")]
-            cells += [_value(kind.metric, auto), *_sizes(auto)] if auto else ["not run", "", ""]
+            cells += [_value(kind.metric, auto), *_sizes(auto)] if auto else [_why_none(rows, name, budget), "", ""]
             found.append((f"`{budget}`", *cells))
     return found
 
@@ -37,6 +37,12 @@ def _budgets(written: Iterable[str]) -> list[str]:
     for text in written:
         once.setdefault(Budget.of(text) if text else None, text)
     return list(once.values())
+
+
+def _why_none(rows: Sequence[Mapping[str, Any]], network: str, budget: str) -> str:
+    """Why there is no network of auto."""
+    same = (row for row in rows if (row["network"], row["budget"], row["arm"]) == (network, budget, "auto"))
+    return next((row["failed"] for row in same if "failed" in row), "not run")
 
 
 def _judged(metric: Metric) -> str:

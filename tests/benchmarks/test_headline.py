@@ -123,6 +123,9 @@ def test_the_table_has_a_line_a_budget_and_the_best_of_each_kind():
     assert line[:4] == ("`macs=50%`", "85.0 ± 0.3 (Tucker-2, uniform)", "88.0 ± 0.3 (filters)", "90.0 ± 0.3")
     (_, alone) = tables.beside_others([each | sizes for each in rows if each["arm"] in ("dense", "filters")])
     assert alone[1:] == ("not run", "88.0 ± 0.3 (filters)", "not run", "", "")
+    late = {"network": "resnet20", "budget": "macs=50%", "arm": "auto", "failed": "not ready after 9 s"}
+    (_, stopped) = tables.beside_others([each | sizes for each in (rows[0], rows[4], late)])
+    assert stopped[3:] == ("not ready after 9 s", "", "")
 
 
 def test_the_table_has_a_budget_once_however_it_was_written():
