@@ -791,3 +791,9 @@ def test_what_compiles_or_distributes_a_network_has_no_part_in_its_file(wrap, tm
     assert torch.equal(st.load(copy.deepcopy(model), tmp_path / "small.safetensors")(x), result.model(x))
     carried = st.carry_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, wrapped)
     assert not carried.reset
+    # What was wrapped before it was compressed has the names that its plan has, and is loaded into its like.
+    outer = wrap(copy.deepcopy(model))
+    result = st.compress(outer, [x], "macs=50%")
+    st.save(result, tmp_path / "outer.safetensors")
+    assert torch.equal(st.load(wrap(copy.deepcopy(model)), tmp_path / "outer.safetensors")(x), result.model(x))
+    st.carry_optimizer(torch.optim.SGD(outer.parameters(), lr=0.1), outer, result.model)

@@ -164,7 +164,7 @@ def test_options_that_follow_the_weights_are_made_anew() -> None:
     assert step.table == wanted
     plan = step.choose(sites, 1.0)
     assert plan["0"].choice["pattern"] == "taps-3x1@0x2"
-    table, last = step.last(model, sites, 1.0, plan)
+    table, last = step.last(sites, 1.0, plan)
     assert last["0"].choice == plan["0"].choice
     assert all(option.choice != ZERO for option in table["0"].options)
 

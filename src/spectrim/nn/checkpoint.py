@@ -23,12 +23,11 @@ from spectrim.nn.layers import is_layer, spec_of
 from spectrim.nn.linears import rewrite
 from spectrim.nn.matching import check_fits, pack_state, share_memory, unpack_layers, values_of
 from spectrim.nn.rebuilding import check_dense, naming, rebuild
-from spectrim.nn.shipping import carried_out, carry, earlier, remembered, rewritten
+from spectrim.nn.shipping import carried_out, carry, compressed_in, earlier, remembered, rewritten
 from spectrim.nn.sparse.packed import masked_in
 from spectrim.nn.standing import StandIn
 from spectrim.nn.stored import name_in
 from spectrim.nn.traits import Traits
-from spectrim.nn.watch.ways import bare
 from spectrim.selection.plan import Entry, Plan
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
@@ -93,7 +92,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
             f"save got {', '.join(type(each).__name__ for each in (model, plan, path) if each is not None)}: write "
             "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
         )
-    model = bare(model)
+    model = compressed_in(model)
     _check_carried_out(model, plan)
     plan = carried_out(model, plan)
     tensors, metadata = _contents(model, (*earlier(model, plan), plan))

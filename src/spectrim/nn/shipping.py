@@ -24,6 +24,7 @@ from spectrim.network.files import digest_of
 from spectrim.nn.matching import pack_state
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.standing import LAYERS, StandIn
+from spectrim.nn.watch.ways import bare
 from spectrim.selection.plan import Entry, Plan
 
 METHOD = "spectrim"
@@ -68,6 +69,12 @@ def take_along(model: nn.Module, *done: Plan) -> None:
 def rewritten(model: nn.Module) -> list[str]:
     """First names of modules that stand where another kind was (:mod:`spectrim.nn.linears`)."""
     return [name for name, module in model.named_modules() if REWRITTEN in vars(module)]
+
+
+def compressed_in(model: nn.Module) -> nn.Module:
+    """The network that was compressed: a model, or what it compiles or distributes where it was wrapped afterwards."""
+    inside = bare(model)
+    return inside if _PLANS in vars(inside) and _PLANS not in vars(model) else model
 
 
 def remembered(model: nn.Module) -> tuple[Plan, ...]:

@@ -75,8 +75,11 @@ class CStep:
         fixed = {name: value + dense.get(name, costs[name]) - costs[name] for name, value in self.table.fixed.items()}
         self.table = dataclasses.replace(self.table, fixed=fixed)
 
-    def last(self, model: nn.Module, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
-        """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
+    def last(self, sites: Sites, mu: float, plan: Plan, model: nn.Module | None = None) -> tuple[Candidates, Plan]:
+        """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``.
+
+        With the model a limit on bytes is one on its file.
+        """
         _check_finite(sites)
         fresh = self._again(sites)
         offered = (any(entry.choice == option.choice for option in fresh[entry.site].options) for entry in plan)
@@ -85,6 +88,8 @@ class CStep:
             plan = self.choose(sites, mu, fresh)
         table = without_zero(with_distances(fresh, sites, mu, normalize=self.normalize))
         if self.budget is not None:
+            if model is None:
+                return table, exact(table, self.budget)
             return table, selected(model, sites, table, self.budget, exact)
         numbers = {row.site: number for number, row in enumerate(table.rows)}
         picks = {numbers[entry.site]: buildable(table[entry.site], entry.choice) for entry in plan}

@@ -15,9 +15,8 @@ from spectrim.application.work import narrow_as
 from spectrim.errors import called_as
 from spectrim.network.printing import count
 from spectrim.nn.copying import copy_model
-from spectrim.nn.shipping import rewritten
+from spectrim.nn.shipping import compressed_in, rewritten
 from spectrim.nn.standing import StandIn, laid_out
-from spectrim.nn.watch.ways import bare
 
 # Running means of gradients, which follow a change of variables as gradients do. Means of squares do not.
 _GRADIENTS = frozenset({"momentum_buffer", "exp_avg"})
@@ -81,7 +80,7 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     -----
     Learning rates and steps of schedulers are left as they are: a scheduler holds the optimizer, which stays the same.
     """
-    old, new = bare(old), bare(new)
+    new = compressed_in(new)
     group_of, state = _trained(optimizer, old)
     if unlike := set(rewritten(new)) - set(rewritten(old)):
         raise ValueError(

@@ -117,6 +117,9 @@ class LearnedRanks:
         Ranks after every C step.
     candidates, fitted
         Table and sites that :meth:`finish` chose from and factorised; before, those of the first C step.
+    whole_file
+        Set it to have :meth:`finish` meet a limit on bytes by the file that is written, as :func:`learn_ranks` does; by
+        default it is one on the numbers, as in the C steps.
 
     Raises
     ------
@@ -187,6 +190,7 @@ class LearnedRanks:
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
         now = self._present(lambda name, weight: weight)
         self.fitted = sites
+        self.whole_file = False
         self.applied: Applied | None = None
         try:
             self._c_step = CStep(now, self.methods, budget, multiplier, cost, normalize, dense, options)
@@ -348,7 +352,7 @@ class LearnedRanks:
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites
-        self.candidates, chosen = self._c_step.last(self.model, sites, self.mu, self.plan)
+        self.candidates, chosen = self._c_step.last(sites, self.mu, self.plan, self.model if self.whole_file else None)
         if plan is None:
             plan = chosen
             if self._latency is not None and self.budget is not None and batches is not None:

@@ -230,7 +230,9 @@ class LearningRun:
         by_data = budget is not None and self.options.get("normalize", True)
         energy = "output" if by_data and all(site.statistics for site in prepared.sites) else "weight"
         options = {"energy": energy, **self.options, **timing}
-        return prepared, LearnedRanks(net, prepared.sites, budget, every=every, **options)
+        ranks = LearnedRanks(net, prepared.sites, budget, every=every, **options)
+        ranks.whole_file = True
+        return prepared, ranks
 
 
 def _settled(trajectory: Trajectory, patience: int | None) -> bool:
