@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import preparation
 from spectrim.cost.counted import macs
-from spectrim.errors import InfeasibleBudgetError, PlanError, SlowerError
+from spectrim.errors import InfeasibleBudgetError, PlanError, SlowerError, ToleranceError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.modules import Factored
@@ -264,6 +264,28 @@ def test_within_a_tolerance_too_other_sets_compete_below_what_low_rank_can_reach
     (said,) = [note for note in named.report.notes if "methods='auto'" in note]
     assert "cannot be met" in said
     assert not any("methods='auto'" in note for note in st.compress(model, batches, "macs=95%").report.notes)
+
+
+def test_a_budget_that_low_rank_meets_and_that_does_not_hold_has_other_sets_compete() -> None:
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        model[0].bias[::2] = -100.0  # half of the channels say nothing, and all ranks are full
+    batches = list(torch.randn(256, 32).split(64))
+    with pytest.raises(ToleranceError, match="No smaller network holds it"):
+        st.compress(model, batches, "macs=50%", min_agreement=0.99, methods=st.ActivationSVD())
+    result = st.compress(model, batches, "macs=50%", min_agreement=0.99)
+    assert result.plan.costs["macs"] <= 0.5 * result.plan.dense_costs["macs"]
+    torch.testing.assert_close(result.model(batches[0]), model(batches[0]), atol=1e-4, rtol=1e-4)
+    (said,) = [note for note in result.report.notes if "so other sets of methods competed" in note]
+    assert said.startswith("with low rank alone the tolerance is NOT met")
+    with pytest.raises(ToleranceError, match="No smaller network holds it"):
+        st.compress(model, batches, "macs=30%", max_drop=0.0, evaluate=lambda net: -_apart(net, model, batches))
+
+
+def _apart(small: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> float:
+    return float((small(batches[0]) - model(batches[0])).abs().max())
 
 
 def test_seconds_limit_what_competes_after_the_default_and_nothing_that_was_named() -> None:

@@ -72,7 +72,8 @@ class Within:
     def reached(self, others: Others | None = None) -> Result:
         """The network by all that compete: what the goal's budget gives if it holds, else the smallest.
 
-        Where the one set of methods makes no smaller network than one that holds, ``others`` compete for less.
+        Where the one set of methods makes no smaller network than one that holds, ``others`` compete for less; where
+        what it makes of the budget does not hold, for the budget.
 
         Raises
         ------
@@ -86,11 +87,19 @@ class Within:
                 self.widened, self.refused = self.refused, ""
                 self._widen(*others(self.widened))
             return self._concluded()
-        stated = self._among(self._arms, budget) if self._arms else self._made(budget)
+        stated = self._stated(budget)
+        if not self._holds(stated) and others is not None:
+            self.widened = f"with low rank alone {self.tolerance.said(verdict_of(stated))}"
+            self._competes(*others(self.widened))
+            stated = self._stated(budget)
         if self._holds(stated):
             return stated
         self._in_full(budget.limits(self._first.dense))
         raise ToleranceError(_gate(budget, stated, self.best), self.best)
+
+    def _stated(self, budget: Budget) -> Result:
+        """The network of a budget by all that compete."""
+        return self._among(self._arms, budget) if self._arms else self._made(budget)
 
     @property
     def _at_the_end(self) -> bool:
