@@ -81,6 +81,9 @@ def drafted(
     def judged(plan: Plan) -> float:
         return outputs.missed(network_of(model, untried, plan, methods=methods))
 
+    def chosen(table: Candidates, limits: Budget) -> Plan:
+        return select(table, limits, making.selector)
+
     def planned(sites: Sites, table: Candidates, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
             return select_in_steps(
@@ -93,7 +96,7 @@ def drafted(
                 trial=dataclasses.replace(trial, judge=judged),
                 **priced,
             )
-        return select(table, limits, making.selector), table
+        return chosen(table, limits), table
 
     def again(table: Candidates, limits: Budget) -> Plan:
         return planned(sites, table, limits)[0]
@@ -104,7 +107,7 @@ def drafted(
         plan, table = planned(sites, table, budget)
         return Draft(plan, table, sites, budget, making, again)
     file = table.dense["bytes"] + header_bytes(model)
-    sites, plan, table, budget = within_file(model, sites, table, budget, planned)
+    sites, plan, table, budget = within_file(model, sites, table, budget, planned, chosen)
     return Draft(plan, table, sites, budget, making, again, file)
 
 

@@ -19,6 +19,8 @@ from spectrim.selection.selectors import Selector
 _HEADER = "names, shapes, digests and the plan, which the file holds beside numbers: fewer layers take fewer"
 # Bytes that a header may grow by from one plan to the next.
 _SLACK = 64
+# Share of the limit that may be kept for a header and be more than it needs.
+_IDLE = 0.01
 
 
 Planned = Callable[[Sites, Candidates, Budget], tuple[Plan, Candidates]]
@@ -35,18 +37,23 @@ def selected(model: nn.Module, sites: Sites, table: Candidates, budget: Budget, 
     """The plan of a selector, for a model in which all layers of the table are dense; bytes are those of files."""
     if budget.bytes is None:
         return selector(table, budget)
-    plan = within_file(model, sites, table, budget, lambda _, wider, limits: (selector(wider, limits), wider))[1]
+
+    def planned(_: Sites, wider: Candidates, limits: Budget) -> tuple[Plan, Candidates]:
+        return selector(wider, limits), wider
+
+    plan = within_file(model, sites, table, budget, planned, selector)[1]
     dense = table.dense["bytes"] + header_bytes(model)
     return dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": dense})
 
 
 def within_file(
-    model: nn.Module, sites: Sites, table: Candidates, budget: Budget, planned: Planned
+    model: nn.Module, sites: Sites, table: Candidates, budget: Budget, planned: Planned, selector: Selector
 ) -> tuple[Sites, Plan, Candidates, Budget]:
     """A plan whose file is within a limit on bytes, a share being one of the dense network's file.
 
-    The file holds the plan, and the plan the layers: the header is counted as what nothing is chosen for, and the plan
-    made again; where that leaves nothing, the plan of the smallest file is tried.
+    The file holds the plan, and the plan the layers: the header of what the ``selector`` takes from the table as it is
+    is counted as what nothing is chosen for, and another one if that of the plan does not fit; where that leaves
+    nothing, the plan of the smallest file is tried.
 
     Raises
     ------
@@ -56,8 +63,13 @@ def within_file(
     dense = table.dense["bytes"] + header_bytes(model)
     limit = budget.limits({**table.dense, "bytes": dense})["bytes"]
     budget = budget.replace(bytes=Limit(limit))
+
+    def within(known: Sites, wider: Candidates) -> tuple[Plan, Candidates]:
+        return planned(known, wider, budget)
+
     try:
-        return *_settled(model, sites, table, lambda known, wider: planned(known, wider, budget)), budget
+        room = _room(model, table, budget, selector)
+        return *_settled(model, sites, table, within, room, idle=round(_IDLE * limit)), budget
     except InfeasibleBudgetError as error:
         if error.cost != "bytes":
             raise
@@ -74,17 +86,30 @@ def within_file(
     return known, dataclasses.replace(plan, budget={**plan.budget, "bytes": limit}), wider, budget
 
 
+def _room(model: nn.Module, table: Candidates, budget: Budget, selector: Selector) -> int:
+    """Bytes of a header as that of the plan that is selected; 0 if there is none."""
+    try:
+        return header_bytes(model, selector(table, budget)) + _SLACK
+    except InfeasibleBudgetError:
+        return 0
+
+
 def _settled(
-    model: nn.Module, sites: Sites, table: Candidates, planned: Callable[[Sites, Candidates], tuple[Plan, Candidates]]
-) -> tuple[Sites, Plan, Candidates]:
-    """A plan whose header is within the bytes that are counted for it, and what counts them."""
-    room = 0
+    model: nn.Module, sites: Sites, table: Candidates, planned: Callable[[Sites, Candidates], tuple[Plan, Candidates]],
+    room: int = 0, *, idle: int,
+) -> tuple[Sites, Plan, Candidates]:  # fmt: skip
+    """A plan whose header is within the bytes that are counted for it, and what counts them.
+
+    It begins with a ``room`` of so many. More than it needs by ``idle`` bytes is taken from it once.
+    """
+    begun = False
     while True:
         known, wider = _with_header(sites, table, room)
         plan, wider = planned(known, wider)
-        if (header := header_bytes(model, plan)) <= room:
+        header = header_bytes(model, plan)
+        if header <= room and (begun or room - header <= idle):
             return known, plan, wider
-        room = header + _SLACK
+        room, begun = header + _SLACK, True
 
 
 def _with_header(sites: Sites, table: Candidates, room: int) -> tuple[Sites, Candidates]:
@@ -110,4 +135,4 @@ def _smallest(
                     raise
                 limit = error.lowest
 
-    return _settled(model, sites, table, least)
+    return _settled(model, sites, table, least, idle=0)

@@ -338,6 +338,7 @@ def _best(trail: Sequence[Picks], finished: Callable[[Picks, Progress], Plan], t
             break
         trial = dataclasses.replace(trial, needed=False)  # there is a plan
         lost = trial.judge(plan)
+        log.info("%s fewer channels: %.4g lost", count(len(_removals(picks)), "group"), lost)
         if best is None or lost < best[0]:
             best, worse = (lost, plan), 0
         elif (worse := worse + 1) == _PATIENCE:

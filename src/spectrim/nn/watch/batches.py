@@ -6,6 +6,7 @@ parameters of its ``forward``. Where that leaves several ways, they are tried on
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,17 +100,18 @@ class Feed:
 
     def _settle(self, model: nn.Module, batch: Any) -> None:
         assert self._way is not None
-        way, asked, mask = self._way, self._samples, self.layout.mask
+        way, asked = self._way, self._samples
         notes = [way.note] if way.note else []
         notes += [] if self._forward is not None else _rounded(model, way.take(batch))
+        layout = dataclasses.replace(self.layout, whole=way.whole, names=way.names)
         if callable(asked):
-            self.layout = Layout(whole=way.whole, count=asked, names=way.names, mask=mask)
+            self.layout = dataclasses.replace(layout, count=asked)
         elif asked is not None:
-            self.layout = Layout(axis=asked, whole=way.whole, names=way.names, mask=mask)
+            self.layout = dataclasses.replace(layout, axis=asked)
         else:
             axis, note = (0, "") if way.listed or self._forward is not None else _axis(model, batch, way)
             notes += [note] if note else []
-            self.layout = Layout(axis, listed=way.listed, whole=way.whole, names=way.names, mask=mask)
+            self.layout = dataclasses.replace(layout, axis=axis, listed=way.listed)
         self.notes = tuple(notes)
         self._form, self._first = _Form.of(model, self.layout, batch), in_words(batch)
 
