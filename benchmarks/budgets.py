@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks.run import claim
 from spectrim.cli.data import load_data
 from spectrim.cli.digits_net import DigitsNet
 from spectrim.nn.timing import measure_latency
+from spectrim.pipeline import Result
 from spectrim.report import measures
 from spectrim.train import Recipe, Schedule
 
@@ -53,7 +55,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         f"{config['network']}, {config['l_step']['batches']} training batches and {config['c_steps']} C steps for each "
         "budget, no fine-tuning: only the budget is looked at, not what the network is good for.",
         "Parameters are counted on the finished module; MACs by torch's counter of floating-point operations; bytes "
-        "are those of all its parameters and buffers (file_bytes adds the header of the safetensors file).",
+        "are those of the file that save writes, header and plan included.",
         f"Milliseconds at batch {timing['batch']}: dense and finished network in turns, {timing['repeats']} repeats, "
         f"{timing['again']} times over; of_budget is the median over these of quiet, the median of the repeats in "
         "which the system took a core away least often. A share is one of the dense time measured beside it; a time "
@@ -84,7 +86,7 @@ def _met(model: nn.Module, batches: Iterable[Any], asked: dict[str, Any], config
         row |= _milliseconds(model, found.model, images, stated, config)
     else:
         limit = found.plan.budget[cost]
-        has = _COUNTED[cost](found.model, images)
+        has = _COUNTED[cost](found, images)
         row |= {"limit": limit, "has": has, "planned": found.plan.costs[cost], "of_budget": round(has / limit, 5)}
     row |= {
         "ratio": round(found.plan.ratio(cost), 3),
@@ -92,19 +94,20 @@ def _met(model: nn.Module, batches: Iterable[Any], asked: dict[str, Any], config
         "layers_dense": sum(entry.choice.is_dense for entry in found.plan),
         "layers": len(found.plan.entries),
     }
-    if cost == "bytes":
-        row["file_bytes"] = measures.file_size(found.model)
     print(row, flush=True)
     return row
 
 
-def _bytes(model: nn.Module, images: Tensor) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+def _bytes(found: Result, images: Tensor) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "small.safetensors")
+        st.save(found.model, found.plan, path)
+        return path.stat().st_size
 
 
-_COUNTED: dict[str, Callable[[nn.Module, Tensor], float]] = {
-    "parameters": lambda model, images: sum(p.numel() for p in model.parameters()),
-    "macs": lambda model, images: measures.counted_macs(model, images[:1]),
+_COUNTED: dict[str, Callable[[Result, Tensor], float]] = {
+    "parameters": lambda found, images: sum(p.numel() for p in found.model.parameters()),
+    "macs": lambda found, images: measures.counted_macs(found.model, images[:1]),
     "bytes": _bytes,
 }
 

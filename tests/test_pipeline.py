@@ -157,6 +157,35 @@ def test_the_lowest_file_that_is_told_can_be_reached(methods, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
+    "methods",
+    [
+        [st.ActivationSVD()],
+        [st.ActivationSVD(), st.LowRankPlusSparse()],
+        pytest.param([st.PrincipalFilters(), st.ActivationSVD()], marks=pytest.mark.slow),
+    ],
+    ids=["pairs", "sparse", "filters and pairs"],
+)
+@pytest.mark.parametrize("share", [0.001, 0.02])  # below all numbers, and below numbers with a header
+def test_a_file_that_cannot_be_is_refused_before_anything_is_fitted(methods, share: float, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 16)).eval()
+    batches = torch.randn(256, 128).split(64)
+
+    def fitted(*_: Any) -> None:
+        raise AssertionError("a curve was asked for")
+
+    with monkeypatch.context() as patched:
+        for method in (st.ActivationSVD, st.LowRankPlusSparse):
+            patched.setattr(method, "curve", fitted)
+        with pytest.raises(InfeasibleBudgetError, match="lowest reachable") as raised:
+            st.compress(model, batches, Budget(bytes=share), methods=methods, reconstruct=False)
+    lowest = raised.value.lowest
+    assert share * raised.value.dense < lowest < 0.2 * raised.value.dense
+    result = st.compress(model, batches, Budget(bytes=round(lowest)), methods=methods, reconstruct=False)
+    assert result.plan.costs["bytes"] <= lowest
+
+
+@pytest.mark.parametrize(
     ("lowest", "told"), [(1_234_501.0, "1.235 M"), (4_681.2, "4,682"), (0.12341, "0.1235"), (50, "50")]
 )
 def test_the_lowest_cost_is_told_rounded_up(lowest, told) -> None:

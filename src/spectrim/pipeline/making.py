@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +42,11 @@ class Making:
     forward: Callable[[nn.Module, Any], Any] | None = None
     progress: Progress = silent
 
+    def floor(self, known: Prepared) -> Floor:
+        """The least that the methods can leave of a network that is prepared."""
+        facts = {} if known.latency is None else known.latency.facts()
+        return Floor(known.sites, default_methods(known.sites) if self.methods is None else self.methods, facts)
+
     def priced(self, known: Prepared) -> dict[str, Any]:
         """How choices for a network that is prepared are priced and told of, for :func:`spectrim.tabulate`."""
         return {
@@ -72,13 +77,12 @@ class Tables:
         """What an arm has on offer."""
         return default_methods(self.sites(arm)) if arm.methods is None else list(arm.methods)
 
-    def check(self, arm: Arm, budget: Budget) -> None:
-        """Raise InfeasibleBudgetError where not even what costs least in an arm meets the budget; nothing is fitted."""
-        latency = self.prepared.latency
-        facts = {} if latency is None else latency.facts()
+    def floor(self, arm: Arm) -> Floor:
+        """The least that an arm can leave of the network."""
         if arm.name not in self._floors:
-            self._floors[arm.name] = Floor(self.sites(arm), self.methods(arm), facts)
-        self._floors[arm.name].check(budget)
+            making = replace(self.making, methods=self.methods(arm))
+            self._floors[arm.name] = making.floor(replace(self.prepared, sites=self.sites(arm)))
+        return self._floors[arm.name]
 
     def of(self, arm: Arm, trial: Judging = BY_TABLE) -> Candidates:
         """The table of an arm. Raises OutOfTimeError where the trial's time is over first."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.application import carry_out
-from spectrim.errors import PlanError
+from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
@@ -24,7 +24,8 @@ from spectrim.pipeline.report import Result, reported
 from spectrim.preparation import Prepared
 from spectrim.progress import Progress
 from spectrim.search.arms import Arm, Contest
-from spectrim.search.file_size import within_file
+from spectrim.search.file_size import on_file, within_file
+from spectrim.search.floors import Floor
 from spectrim.search.judge import Judge, Verdict
 from spectrim.search.remaining import asked_once
 from spectrim.search.stepwise import BY_TABLE, Judging, select_in_steps
@@ -33,7 +34,7 @@ from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import select
-from spectrim.tables import tabulate
+from spectrim.tables import Asked, own_curve, tabulate, unfitted_curve
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 _MUCH = 0.1
 # Agreement below which a network cannot be expected to be better than the dense one.
 _UNLIKE = 0.75
+# Headers of the dense network's file that one with a plan may have, and the ratio to a limit from which on a file that
+# was found with next to nothing fitted tells that there is none.
+_HEADERS, _SURELY = 12, 1.05
 # Samples, at least, on which plans that mix methods are compared before they are carried out.
 _TRIAL = 128
 
@@ -53,7 +57,33 @@ def shrink(
 
     A ``table`` that was made for another budget is selected from again.
     """
-    return carried(model, prepared, drafted(model, prepared, budget, making, table))
+    if table is None:
+        check_floor(model, prepared, budget, making, making.floor(prepared))
+    return carried(
+        model, prepared, drafted(model, prepared, budget, making, table, by_outputs(model, prepared, making))
+    )
+
+
+def check_floor(model: nn.Module, prepared: Prepared, budget: Budget, making: Making, floor: Floor) -> None:
+    """Raise InfeasibleBudgetError where not even what costs least meets the budget: nothing is fitted but removals.
+
+    Of bytes it carries the size of a file that can be made.
+    """
+    if counted := budget.among(cost for cost in budget.costs if cost != "bytes"):
+        floor.check(counted)
+    if budget.bytes is None:
+        return
+    limit = Budget(bytes=budget.bytes)
+    if not floor.is_near(on_file(model, limit), _HEADERS * header_bytes(model)):
+        return
+    known = dataclasses.replace(prepared, latency=None, curves={})
+    alone = dataclasses.replace(making, guard=False, costs=None)
+    try:
+        drafted(model, known, limit, alone, None, ask=unfitted_curve)
+    except InfeasibleBudgetError as error:
+        # What is fitted has choices between these, whose text in the file is a little shorter or longer.
+        if error.cost == "bytes" and error.lowest > _SURELY * error.budget:
+            raise
 
 
 def drafted(
@@ -63,6 +93,7 @@ def drafted(
     making: Making,
     table: Candidates | None,
     trial: Judging = BY_TABLE,
+    ask: Asked = own_curve,
 ) -> Draft:
     """The network as it is planned by counted and tabulated costs.
 
@@ -71,15 +102,7 @@ def drafted(
     TooMuchLostError
         If plans that remove channels can be expected to lose more than the ``trial`` lets them.
     """
-    sites, batches, methods = prepared.sites, prepared.batches, making.methods
-    assert batches is not None
-    priced = making.priced(prepared)
-
-    untried = dataclasses.replace(sites, shaped=None)  # what is run anyway needs no proof on noise
-    outputs = DenseOutputs(model, batches, _TRIAL, making.forward)
-
-    def judged(plan: Plan) -> float:
-        return outputs.missed(network_of(model, untried, plan, methods=methods))
+    sites, methods, priced = prepared.sites, making.methods, making.priced(prepared)
 
     def chosen(table: Candidates, limits: Budget) -> Plan:
         return select(table, limits, making.selector)
@@ -93,7 +116,8 @@ def drafted(
                 selector=making.selector,
                 table=table,
                 curves=prepared.curves,
-                trial=dataclasses.replace(trial, judge=judged),
+                ask=ask,
+                trial=trial,
                 **priced,
             )
         return chosen(table, limits), table
@@ -102,13 +126,25 @@ def drafted(
         return planned(sites, table, limits)[0]
 
     if table is None:
-        table = tabulate(sites, methods, curve=asked_once(prepared.curves, {}), **priced)
+        table = tabulate(sites, methods, curve=asked_once(prepared.curves, {}, ask), **priced)
     if budget.bytes is None:
         plan, table = planned(sites, table, budget)
         return Draft(plan, table, sites, budget, making, again)
     file = table.dense["bytes"] + header_bytes(model)
     sites, plan, table, budget = within_file(model, sites, table, budget, planned, chosen)
     return Draft(plan, table, sites, budget, making, again, file)
+
+
+def by_outputs(model: nn.Module, prepared: Prepared, making: Making, trial: Judging = BY_TABLE) -> Judging:
+    """The trial with plans compared by how far outputs of their networks are from the dense one's."""
+    assert prepared.batches is not None
+    untried = dataclasses.replace(prepared.sites, shaped=None)  # what is run anyway needs no proof on noise
+    outputs = DenseOutputs(model, prepared.batches, _TRIAL, making.forward)
+
+    def judged(plan: Plan) -> float:
+        return outputs.missed(network_of(model, untried, plan, methods=making.methods))
+
+    return dataclasses.replace(trial, judge=judged)
 
 
 def network_of(
@@ -205,12 +241,10 @@ def shrink_best(
     def planned(arm: Arm, trial: Judging) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
-        # Of bytes the header is known with the plan only: the table is made, so that what is told can be reached.
-        if counted := budget.among(cost for cost in budget.costs if cost != "bytes"):
-            tables.check(arm, counted)
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
         theirs = dataclasses.replace(making, methods=tables.methods(arm), progress=_telling(making.progress, arm))
-        return drafted(model, known, budget, theirs, tables.of(arm, trial), trial)
+        check_floor(model, known, budget, theirs, tables.floor(arm))
+        return drafted(model, known, budget, theirs, tables.of(arm, trial), by_outputs(model, known, theirs, trial))
 
     def made(arm: Arm, draft: Draft) -> Result:
         return with_verdict(carried(model, prepared, draft), judge, tolerance)

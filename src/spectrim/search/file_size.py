@@ -78,8 +78,9 @@ def within_file(
         except InfeasibleBudgetError:
             # Not by bytes alone: what cannot be met is told of all limits together.
             raise error.of(dense) from None
-    least = plan.costs["bytes"]
-    if least > limit:
+    if plan.costs["bytes"] > limit:
+        # A plan may happen to take less than the limit that was needed to find it.
+        least = max(plan.costs["bytes"], plan.budget["bytes"])
         # The table's dense network has the header of a plan that it has no need of.
         alone = wider.left_alone("bytes")
         raise InfeasibleBudgetError("bytes", limit, least, wider.dense["bytes"], skipped=alone).of(dense)

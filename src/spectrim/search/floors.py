@@ -9,10 +9,11 @@ from typing import Any
 
 from spectrim.cost.counted import known
 from spectrim.cost.whole import Network
+from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.search.stepwise import check_reachable
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.budgeted import Budgeted
 from spectrim.selection.candidates import Candidates
 from spectrim.tables import leanest
@@ -29,6 +30,17 @@ class Floor:
     @cached_property
     def _table(self) -> Candidates | None:
         return leanest(self.sites, self.methods, known(self.sites), self.facts)
+
+    def is_near(self, limit: Budget, room: float) -> bool:
+        """Whether a file may be too large for a limit on bytes, a number, with so much room for what is no number."""
+        if self._table is None:
+            return False
+        left = limit.limits(self._table.dense)["bytes"] - room
+        try:
+            self.check(Budget(bytes=Limit(max(1.0, left))))
+        except InfeasibleBudgetError:
+            return True
+        return False
 
     def check(self, budget: Budget) -> None:
         """Raise InfeasibleBudgetError if a limit lies below it.

@@ -13,13 +13,13 @@ from spectrim.network.narrowing import narrowed
 from spectrim.network.sites import Site
 from spectrim.progress import Progress
 from spectrim.selection.candidates import Candidates
-from spectrim.tables import Asked, merged, parted, tabulate
+from spectrim.tables import Asked, merged, own_curve, parted, tabulate
 
 Curves = dict[Hashable, Curve]
 """What methods offer in one network: by the method, the site, and what is left of the axes of its layers."""
 
 
-def asked_once(curves: Curves, kept: Mapping[tuple[str, str], Sequence[int]]) -> Asked:
+def asked_once(curves: Curves, kept: Mapping[tuple[str, str], Sequence[int]], ask: Asked = own_curve) -> Asked:
     """Asks a method only for what is not among the ``curves`` yet, by what is left of axes that lost channels."""
     left: dict[str, list[Hashable]] = {}
     for (layer, axis), positions in kept.items():
@@ -29,7 +29,7 @@ def asked_once(curves: Curves, kept: Mapping[tuple[str, str], Sequence[int]]) ->
         # Two of one name may differ in their options, and a user's own type may bear the name of one of ours.
         key = (type(method), repr(method), site.name, *((part.name, *left.get(part.name, ())) for part in site.parts))
         if key not in curves:
-            curves[key] = method.curve(site)
+            curves[key] = ask(method, site)
         return curves[key]
 
     return curve
@@ -47,6 +47,7 @@ class Remaining:
     network: Network
     guard: bool
     curves: Curves  # of this network, as earlier tables needed them
+    ask: Asked = own_curve  # how a method is asked
 
     def after(self, removals: Mapping[str, ChannelsChoice], progress: Progress) -> Candidates:
         """The table of the layers as the removals leave them."""
@@ -59,5 +60,5 @@ class Remaining:
         time = network.cost(removals).get("latency")
         return tabulate(
             narrowed(network.sites, kept), self.methods, latency=network.latency, dense_latency=time,
-            costs=network.costs, guard=self.guard, curve=asked_once(self.curves, left), progress=progress,
+            costs=network.costs, guard=self.guard, curve=asked_once(self.curves, left, self.ask), progress=progress,
         )  # fmt: skip

@@ -38,7 +38,7 @@ from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
-from spectrim.tables import tabulate
+from spectrim.tables import Asked, own_curve, tabulate
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ def select_in_steps(
     guard: bool = False,
     table: Candidates | None = None,
     curves: Curves | None = None,
+    ask: Asked = own_curve,
     trial: Judging = BY_TABLE,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
@@ -132,6 +133,8 @@ def select_in_steps(
         What an earlier call returned for the same sites and methods, to choose under another budget.
     curves
         What methods offer, as earlier calls for these sites have found it; more is added.
+    ask
+        How methods are asked for what is not among these.
     trial
         How plans are compared where several methods are mixed; by default by what they predict that they lose.
 
@@ -160,7 +163,7 @@ def select_in_steps(
     if table is None:
         table = tabulate(
             sites, methods, latency=latency, dense_latency=dense_latency, costs=costs, guard=guard,
-            curve=asked_once(curves, {}), progress=trial.ending(told(progress)),
+            curve=asked_once(curves, {}, ask), progress=trial.ending(told(progress)),
         )  # fmt: skip
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
@@ -177,7 +180,7 @@ def select_in_steps(
         fits = _fits(network.cost(picks), limits)
         return picks if fits else _within(_around(table, network, picks), limits, selector, network)
 
-    remaining = Remaining(table, others, network, guard, curves)
+    remaining = Remaining(table, others, network, guard, curves, ask)
 
     def finished(picks: Picks, progress: Progress = silent) -> Plan:
         left = remaining.after(_removals(picks), progress) if others else None
