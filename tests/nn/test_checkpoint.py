@@ -77,6 +77,14 @@ def test_what_is_not_what_the_plan_makes_is_not_saved_with_it(file, merged):
     assert path.read_bytes() == kept
 
 
+def test_a_model_without_the_layers_of_the_plan_is_not_saved_with_it(file):
+    path, _ = file
+    kept = path.read_bytes()
+    with pytest.raises(CheckpointError, match="changes layer 'stem', and the Linear has no layer of this name"):
+        save(nn.Linear(3, 3), plan_of(CHOICES), path)
+    assert path.read_bytes() == kept
+
+
 def test_saving_replaces_the_file_and_leaves_nothing_else(file):
     path, model = file
     with torch.no_grad():

@@ -77,6 +77,44 @@ def test_files_compute_what_the_model_computes_at_batch_sizes_not_seen(exporter,
             assert close(run(x=x), net(x), 1e-4)
 
 
+class _Parts(nn.Module):
+    """Four samples at a time, to save memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.layer(part) for part in x.split(4)])
+
+
+class _Many(_Parts):
+    """Another way for many samples."""
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y - y.mean(0) if len(x) > 4 else y
+
+
+@pytest.mark.parametrize("model", [_Parts(), _Many()], ids=["parts", "many"])
+@pytest.mark.parametrize("samples", [2, 8])
+def test_what_depends_on_how_many_samples_there_are_is_refused(exporter, model, samples: int):
+    write, file = exporter
+    example = torch.randn(samples, 4)
+    with pytest.raises(ExportError, match=r"differs from the model|dynamic_batch=False"):
+        write(model.eval(), example, file)
+    assert not Path(file).exists()
+    assert write(model, example, file, dynamic_batch=False) < 1e-4
+    assert close(loaded(file)(x=example), model(example).detach(), 1e-4)
+
+
+@pytest.mark.parametrize("tolerance", ["1e-3", -1, float("nan"), True])
+def test_a_tolerance_is_a_number(exporter, tolerance):
+    write, file = exporter
+    with pytest.raises(ValueError, match="tolerance is .*: expected a number of at least 0"):
+        write(ConvNet().eval(), torch.randn(2, 3, 8, 8), file, tolerance=tolerance)
+
+
 @pytest.mark.slow
 def test_what_exporters_say_of_themselves_and_of_others_is_dropped(exporter, caplog):
     write, file = exporter
@@ -242,10 +280,13 @@ def test_a_file_that_cannot_be_run_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tolerance_is_the_users(tmp_path):
-    with pytest.raises(ExportError, match="allowed -1e"):
-        export_program(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), tmp_path / "model.pt2", tolerance=-1.0)
+def test_the_tolerance_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_difference", lambda *_: 0.01)
+    given = nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), tmp_path / "model.pt2"
+    with pytest.raises(ExportError, match="by 1.00e-02 of its largest output .allowed 5e-03"):
+        export_program(*given, tolerance=0.005)
     assert not list(tmp_path.iterdir())
+    assert export_program(*given, tolerance=0.02) == 0.01
 
 
 class Branching(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.cost.rounds import Speed, Timing
+from spectrim.errors import ForwardError
 from spectrim.linalg.patterns import pattern
 from spectrim.nn.agreement import Agreement
 from spectrim.nn.layers import canonical, spec_of
@@ -76,6 +77,11 @@ def test_a_single_model_has_the_same_rows():
     assert [line.metric for line in found.lines][:2] == ["parameters", "MACs"]
     assert found.lines[1].value == 8 * 9 * 16 + 8 * 16 * 3
     assert measure(_net(8), torch.randn(1, 1, 4, 4), repeats=0).lines[-1].metric == "peak memory"
+
+
+def test_a_model_that_does_not_take_the_example_is_named():
+    with pytest.raises(ForwardError, match=r"'compressed' \(Linear\) raises RuntimeError on the example: .*give one"):
+        compare(nn.Sequential(nn.Linear(8, 4)), nn.Linear(3, 3), torch.randn(2, 8), repeats=0)
 
 
 def test_models_are_left_as_found():

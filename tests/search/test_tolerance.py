@@ -189,6 +189,25 @@ def test_what_cannot_be_meant(options: dict[str, Any], error: type[Exception], s
         compress(**options)
 
 
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_a_metric_that_is_infinite_on_its_bad_side_holds_nothing_and_ends_nothing(better: Any) -> None:
+    bad = math.inf if better == "lower" else -math.inf
+    dense = MODEL(INPUTS)
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> float:
+        lost = float((model(INPUTS) - dense).square().mean())
+        return (lost if better == "lower" else -lost) if lost < 0.002 else bad
+
+    result = compress(max_drop=0.05, evaluate=evaluate, better=better)
+    assert result.plan.changed
+    assert evaluate(result.model) != bad
+    with pytest.raises(ToleranceError, match="a drop of inf where 0.05 is allowed"):
+        compress(budget="macs=15%", max_drop=0.05, evaluate=evaluate, better=better)
+    with pytest.raises(CalibrationError, match=f"returned {-bad} for a compressed network"):
+        compress(max_drop=0.05, evaluate=lambda model: 0.0 if model is MODEL else -bad, better=better)
+
+
 def test_outputs_that_cannot_be_compared_are_told() -> None:
     with pytest.raises(CalibrationError, match="cannot be measured"):
         Tolerance(min_agreement=0.9).holds(Verdict())

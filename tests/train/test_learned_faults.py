@@ -242,6 +242,12 @@ def test_weights_that_are_not_finite_name_their_layer_at_any_time(bad: float) ->
         LearnedRanks(model, st.find(model), BUDGET)
 
 
+def test_a_loss_that_is_not_finite_is_told_before_the_weights_that_come_of_it() -> None:
+    model = settled("mlp")
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1.*look in the batches"):
+        st.learn_ranks(model, batches_for("mlp"), BUDGET, loss=lambda out, _: out.sum() * float("nan"))
+
+
 def test_after_such_an_error_the_table_is_that_of_the_weights() -> None:
     model = settled("mlp")
     ranks = LearnedRanks(model, st.find(model), BUDGET)

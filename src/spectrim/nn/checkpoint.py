@@ -140,8 +140,14 @@ def check_size(model: nn.Module, limit: float) -> None:
 
 
 def _check_carried_out(model: nn.Module, plan: Plan) -> None:
-    """Raise CheckpointError where a plan puts parts in a layer's place and the layer is there itself."""
+    """Raise CheckpointError where a plan puts parts in a layer's place and the layer is there itself, or none is."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    changed = [name for entry in plan if not entry.of_channels and entry.choice.is_parts for name in entry.sites]
+    if changed and modules.keys().isdisjoint(changed):
+        raise CheckpointError(
+            f"the plan changes layer {changed[0]!r}, and the {type(model).__name__} has no layer of this name: save "
+            "the model that compress or apply returned with the plan"
+        )
     # Of layers that are not there, and of what does not fit them, loading tells.
     present = [entry for entry in plan if modules.keys() >= set(entry.sites)]
     for name, choice in ((name, entry.choice) for entry in present for name in entry.sites):

@@ -23,6 +23,10 @@ from spectrim.nn.watch.nesting import copied, dense, rebuilt, resized, tensors
 from spectrim.nn.watch.state import evaluating, left_as_found
 
 TOLERANCE = 1e-3
+# Batches that a file for any batch is compared on beside the example: what depends on how many samples there are, and
+# takes other ways for few and for many, is seen.
+_SIZES = (3, 9)
+_BAKED = "give dynamic_batch=False for a file that takes batches of the example's size alone"
 
 
 @called_as(
@@ -49,17 +53,20 @@ def export_program(
     Returns
     -------
     float
-        The difference found, on the example and on a batch of another size.
+        The difference found: on the example and, where the batch may vary, on three and nine samples made of it.
 
     Raises
     ------
     ExportError
         If the model cannot be exported, or the program computes something else.
+    ValueError
+        If the tolerance is no number of at least 0.
     OSError
         If the file cannot be written: there is no such folder, or it is full or read-only.
     """
     check_place(path)
-    with _called_with(model, example, dynamic_batch) as (args, kwargs):
+    _check_tolerance(tolerance)
+    with _called_with(model, example) as (args, kwargs):
         program = _traced(model, args, kwargs, dynamic_batch)
         run = program.module()
         worst = _difference(model, args, kwargs, lambda a, k: run(*a, **k), dynamic_batch)
@@ -86,7 +93,8 @@ def export_onnx(
     except ImportError as error:
         raise ExportError(f"ONNX export needs {error.name}: pip install 'spectrim[export]'") from error
     check_place(path)
-    with _called_with(model, example, dynamic_batch) as (args, kwargs):
+    _check_tolerance(tolerance)
+    with _called_with(model, example) as (args, kwargs):
         program = _traced(model, args, kwargs, dynamic_batch)
         try:
             onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
@@ -110,10 +118,10 @@ def export_onnx(
 
 
 @contextlib.contextmanager
-def _called_with(model: nn.Module, example: Any, dynamic_batch: bool) -> Iterator[tuple[Any, Any]]:
+def _called_with(model: nn.Module, example: Any) -> Iterator[tuple[Any, Any]]:
     """Arguments of a model in evaluation mode, which is left as it was found. Warnings of exporters are dropped."""
     with evaluating(model), quiet_exporter(FutureWarning, DeprecationWarning):
-        args, kwargs = _inputs(model, example, dynamic_batch)
+        args, kwargs = _inputs(model, example)
         with left_as_found(model, args, kwargs):
             yield args, kwargs
 
@@ -141,12 +149,11 @@ def _run_onnx(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return [torch.from_numpy(o) for o in session.run(None, dict(zip(names, values, strict=True)))]
 
 
-def _inputs(model: nn.Module, example: Any, dynamic: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = arguments(model, example)
     if any(not tensor.numel() for tensor in tensors([*args, *kwargs.values()])):
         raise ExportError("the example is empty: it holds no sample; give a batch of inputs as the model takes them")
-    # Export takes a first axis of length one for a constant.
-    return (resized(args, 2), resized(kwargs, 2)) if dynamic else (args, kwargs)
+    return args, kwargs
 
 
 def _axes(value: Any) -> Any:
@@ -164,14 +171,15 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     if dynamic:
         import inspect
 
+        # Export takes a first axis of length one for a constant.
+        args, kwargs = resized(args, 2), resized(kwargs, 2)
         names = list(inspect.signature(model.forward).parameters)
         shapes = {**{n: _axes(a) for n, a in zip(names, args, strict=False)}, **_axes(kwargs)}
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported{' with a dynamic batch' if dynamic else ''}: {error}"
-        ) from error
+        how = f" with a dynamic batch (where that is the reason, {_BAKED})" if dynamic else ""
+        raise ExportError(f"{type(model).__name__} cannot be exported{how}: {error}") from error
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             # Lines and paths of the user's source, which a file that is shipped should not tell.
@@ -180,14 +188,14 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
 
 
 def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: bool) -> float:
-    """Largest deviation relative to the largest output, on the example and, if dynamic, on three samples."""
-    worst = 0.0
-    for size in (None, 3) if dynamic else (None,):
+    """Largest deviation relative to the largest output, on the example and, if dynamic, on batches of other sizes."""
+    worst, cure = 0.0, f"; {_BAKED}" if dynamic else ""
+    for size in (None, *_SIZES) if dynamic else (None,):
         a, k = (args, kwargs) if size is None else (resized(args, size), resized(kwargs, size))
-        with drawn_from(0):
+        with drawn_from(0), _told(f"the model cannot be run {_on(size)}", cure):
             wanted = [dense(each) for each in tensors(model(*copied(a), **copied(k)))]
-        with drawn_from(0):
-            # ONNX knows complex numbers by their parts.
+        # ONNX knows complex numbers by their parts.
+        with drawn_from(0), _told(f"the exported model cannot be run {_on(size)}", cure):
             given = [dense(each) for each in tensors(run(a, k))]
         if len(wanted) != len(given):
             raise ExportError(f"the exported model returns {len(given)} tensors, the model {len(wanted)}")
@@ -198,10 +206,24 @@ def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: boo
                     "inputs prepared as in use, or mend the model's weights"
                 )
             if w.shape != g.shape:
-                raise ExportError(f"the exported model returns shape {tuple(g.shape)}, the model {tuple(w.shape)}")
+                returned = f"returns shape {tuple(g.shape)} {_on(size)}, the model {tuple(w.shape)}"
+                raise ExportError(f"the exported model {returned}{cure}")
             if w.numel():
                 worst = max(worst, _relative(w.cpu().double(), g.cpu().double()))
     return worst
+
+
+@contextlib.contextmanager
+def _told(what: str, cure: str) -> Iterator[None]:
+    """Says what failed: what is for any batch may not take one after all."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{what} ({error}){cure}") from error
+
+
+def _on(size: int | None) -> str:
+    return "on the example" if size is None else f"on {size} samples"
 
 
 def _relative(wanted: Tensor, given: Tensor) -> float:
@@ -209,6 +231,11 @@ def _relative(wanted: Tensor, given: Tensor) -> float:
     gap = float(torch.where(wanted == given, 0.0, (wanted - given).abs()).max())
     scale = float(torch.where(wanted.isfinite(), wanted.abs(), 0.0).max())
     return math.inf if math.isnan(gap) else gap / max(scale, 1e-12)
+
+
+def _check_tolerance(tolerance: object) -> None:
+    if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance!r}: expected a number of at least 0, as {TOLERANCE:g}")
 
 
 def _accept(worst: float, tolerance: float, what: str) -> None:

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import nn
 
-from spectrim.errors import called_as
+from spectrim.errors import ForwardError, SpectrimError, called_as, in_short
 from spectrim.network.printing import Grid, Printed
 from spectrim.network.printing import show as show
 from spectrim.nn.agreement import metric_of
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.state import evaluating
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, Score, counted_macs, file_size, inputs
 
@@ -317,6 +319,8 @@ def _measure(
 ) -> tuple[dict[str, tuple[Line, ...]], Mapping[str, Timing]]:
     lines: dict[str, list[Line]] = {}
     for name, model in models.items():
+        _check_runs(name, model, example)
+    for name, model in models.items():
         lines[name] = [
             *([] if evaluate is None else [Line(score, "%", Score(metric_of(evaluate, model, f"{name!r}")), "higher")]),
             Line("parameters", "", float(parameter_count(model))),
@@ -332,6 +336,20 @@ def _measure(
         for name, timing in timings.items():
             lines[name] += [Line(_MEDIAN, "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
     return {name: tuple(measured) for name, measured in lines.items()}, timings
+
+
+def _check_runs(name: str, model: nn.Module, example: Any) -> None:
+    """Raise ForwardError, which names the model, where it cannot be run on the example: before anything is measured."""
+    try:
+        with evaluating(model):
+            Feed()(model, example)
+    except (SpectrimError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may raise anything
+        raise ForwardError(
+            f"{name!r} ({type(model).__name__}) raises {type(error).__name__} on the example: {in_short(error)}. All "
+            "models that are compared take the same batch: give one that fits them"
+        ) from error
 
 
 def _facts(threads: int | None, runtime: Runtime | str) -> dict[str, str]:

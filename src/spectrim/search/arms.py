@@ -209,7 +209,8 @@ class Contest(Generic[P, R]):
                 faults[name] = error
                 tried[name] = replace(tried[name], note=f"refused, {error.brief}")
             else:
-                tried[name] = replace(tried[name], loss=verdict.loss, standard_error=verdict.standard_error)
+                note = "" if math.isfinite(verdict.loss) else "its metric is infinite"
+                tried[name] = replace(tried[name], loss=verdict.loss, standard_error=verdict.standard_error, note=note)
             took = tried[name].seconds + time.monotonic() - start
             tried[name] = replace(tried[name], seconds=took)
             log.info("arm %s", tried[name])

@@ -105,26 +105,26 @@ class Judge:
         return dataclasses.replace(self, dense=number)
 
     def verdict(self, small: nn.Module, agreement: Agreement | None) -> Verdict:
-        """What a network lost.
+        """What a network lost: all where the metric is infinite on its bad side, as a perplexity may be.
 
         Raises
         ------
         CalibrationError
-            If the metric is NaN or infinite.
+            If the metric is NaN, or infinite on its good side.
         TypeError
             If it is no number.
         """
-        metric = self._measured(small, "a compressed network")
+        metric = self._measured(small, "a compressed network", -math.inf if self.better == "higher" else math.inf)
         if metric is None or self.dense is None:
             return Verdict(agreement=agreement)
         drop = self.dense - metric if self.better == "higher" else metric - self.dense
         return Verdict(metric, self.dense, drop, agreement, self.metric)
 
-    def _measured(self, model: nn.Module, whose: str) -> float | None:
+    def _measured(self, model: nn.Module, whose: str, worst: float | None = None) -> float | None:
         if self.evaluate is None:
             return None
         value = metric_of(self.evaluate, model, whose)
-        if not math.isfinite(value):
+        if not math.isfinite(value) and value != worst:
             raise CalibrationError(
                 f"evaluate returned {value} for {whose}, which no other number can be compared with: return a "
                 "finite number for any network"

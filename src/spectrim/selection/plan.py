@@ -29,6 +29,10 @@ LARGEST = 16 * 2**20
 """Bytes of a plan's text. A plan of a thousand layers has one of them; what is larger is no plan."""
 
 
+# What a choice loses may be below zero by so much.
+_ROUNDING = 1e-6
+
+
 @dataclass(frozen=True)
 class Entry:
     """One site of a plan, or one group of sites: what was chosen, what it loses and what it costs.
@@ -250,6 +254,11 @@ class Plan(Printed):
         for names in ([e.site for e in plan.entries], [site for e in plan.entries for site in e.sites]):
             if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
                 raise PlanError(f"a plan names each site once; this one has {twice!r} twice: leave one of them out")
+        for whose, costs in [("it", plan.costs), *((repr(e.site), e.costs) for e in plan.entries)]:
+            if wrong := next((cost for cost, amount in costs.items() if not amount >= 0), None):
+                raise PlanError(f"a plan's costs are at least 0; this one says that {whose} has {costs[wrong]} {wrong}")
+        if wrong := next((e for e in plan.entries if not e.error >= -_ROUNDING), None):
+            raise PlanError(f"what a choice loses is at least 0; this plan has {wrong.error} for {wrong.site!r}")
         entries = zip(plan.entries, raw["entries"], strict=True)
         return dataclasses.replace(plan, entries=tuple(_entry(entry, record["choice"]) for entry, record in entries))
 

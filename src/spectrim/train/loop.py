@@ -232,7 +232,11 @@ class Loop:
         for layer in self._masked:
             layer.settle()
         if self.after_step is not None:
-            self.after_step(self.model)
+            try:
+                self.after_step(self.model)
+            except FloatingPointError:
+                self._check_finite()  # a loss that is not finite tells more than the weights that come of it
+                raise
         self._done.step += 1
         self._done.batch += 1
 
