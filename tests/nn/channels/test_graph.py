@@ -395,6 +395,59 @@ def test_a_model_that_cannot_be_traced_is_left_alone_and_says_why():
     assert sites.skipped[-1].reason == "channels are left alone: tracing failed with RuntimeError: no such luck"
 
 
+class Asked(nn.Module):
+    """A network that does something to the channels of its first layer, by what ``mid`` finds in them."""
+
+    def __init__(self, mid) -> None:
+        super().__init__()
+        self.mid = mid
+        self.a, self.b, self.c, self.d = conv(3, 16), conv(16, 16), conv(16, 16), conv(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(relu(self.c(relu(self.b(self.mid(relu(self.a(x))))))))
+
+
+ASKING = {
+    "the mean": lambda x: x.flip(1) if x.mean() > 2 else x,
+    "the mean of each sample": lambda x: torch.where(x.mean((1, 2, 3), keepdim=True) > 2, x.flip(1), x),
+    "the mean at each position": lambda x: torch.where(x.mean(1, keepdim=True) > 9, x.flip(1), x),
+    "the largest mean": lambda x: x.flip(1) if x.mean((0, 2, 3)).argmax() == 17 else x,
+    "whether one is large": lambda x: x.clamp(max=1) if (x > 0.5).any() else x,
+    "a number that Python reads": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1) if float(x.norm()) < 0.1 else x,
+    "a gate that is shut": lambda x: x + x.flip(1) * relu(x.mean() - 5),
+}
+
+
+@pytest.mark.parametrize("asked", ASKING)
+def test_channels_stay_that_a_network_decides_by_together(asked: str):
+    sites = coupled(Asked(ASKING[asked]), torch.randn(4, 3, 6, 6))
+    assert "is made with what they are taken together" in reasons(sites)["a:out"]
+    assert {c.name for c in sites.couplings} == {"b:out", "c:out"}
+
+
+@pytest.mark.parametrize(
+    "mid",
+    [
+        lambda x: x.flip(1) if x.isnan().any() else x,
+        lambda x: x * (x.mean((2, 3), keepdim=True) > 0.1),
+        lambda x: torch.stack([c * (c.mean() > 0.1) for c in x.unbind(1)], 1),
+    ],
+)
+def test_channels_go_that_a_network_decides_by_one_by_one(mid):
+    sites = coupled(Asked(mid), torch.randn(4, 3, 6, 6))
+    assert {c.name for c in sites.couplings} == {"a:out", "b:out", "c:out"}
+
+
+def test_channels_are_tried_the_way_that_a_network_goes_with_all_samples():
+    class Turned(Asked):
+        def forward(self, x: Tensor) -> Tensor:
+            h = relu(self.a(x))
+            return self.d(relu(self.c(relu(self.b(h.flip(1) if x.mean() > 1 else h)))))
+
+    x = torch.cat([torch.zeros(2, 3, 6, 6), torch.randn(6, 3, 6, 6) + 5])
+    assert "a:out" in reasons(coupled(Turned(None), x))
+
+
 def test_a_layer_that_is_not_reached_has_no_channels():
     net, x = made("chain")
     net.idle = nn.Linear(4, 4)

@@ -22,12 +22,12 @@ from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments, MixedChannels
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.library import check_library
-from spectrim.nn.channels.lively import enlivened
+from spectrim.nn.channels.lively import as_is, enlivened
 from spectrim.nn.channels.narrow import beside_layers, narrow
 from spectrim.nn.channels.reading import Graph, holding
 from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.channels.tracing import comes_to
-from spectrim.nn.channels.trial import DRAWS, Trial, half
+from spectrim.nn.channels.trial import DRAWS, Trial, explained, half
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import find
 from spectrim.nn.flops import WorkCounter
@@ -118,6 +118,8 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     good, left = by_experiment(graph, trial, good, [*obstacles, *failed])
     order = {site.name: number for number, site in enumerate(sites)}
     good, left = _with_heads(Heads(trial, frozenset(order)), good, left)
+    good, other = _as_it_goes(trial, model, example, good)
+    left = [*left, *other]
     good = sorted(with_products(trial, good), key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
     follow = (spec for spec in sites.untouched if spec.name in touched)
@@ -161,6 +163,23 @@ def _with_heads(
     taken = {f"{side.name}:out" for coupling in found for side in coupling.on(OUT)}
     told = [(name, count, reasons.get(name, reason)) for name, count, reason in left if name not in taken]
     return [*good, *found], told
+
+
+def _as_it_goes(
+    trial: Trial, model: nn.Module, batch: Any, good: list[Coupling]
+) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
+    """The couplings whose removal is right the way that the model goes with the whole batch, and the others.
+
+    With random weights and two samples, on which they were tried, it may have decided otherwise. Networks that decide
+    nothing are not run.
+    """
+    if not good or not (tried := trial.ways()):
+        return good, []
+    real = Trial(as_is(model), batch, trial.run)
+    if real.ways() == tried:
+        return good, []
+    right, faults = real.together(good)
+    return right, [(c.name, c.channels, explained(faults[c.name])) for c in good if c.name in faults]
 
 
 def _needing(site: Layer) -> Layer:

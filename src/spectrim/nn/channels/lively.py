@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spectrim.nn.copying import copy_model
+from spectrim.nn.flops import unwatched
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
 
 # Functions that draw numbers of the shape of their input.
 _DRAWING = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+
+
+def as_is(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that can be narrowed."""
+    copied = copy_model(model).eval()
+    as_containers(copied)
+    return copied
 
 
 @torch.no_grad()
@@ -27,8 +35,7 @@ def enlivened(model: nn.Module) -> nn.Module:
     Whether channels can go depends on the structure. Weights as they come may hide that they cannot: attention that is
     still uniform, a normalisation over channels that is still off, a layer scale of 1e-6.
     """
-    copied = copy_model(model).eval()
-    as_containers(copied)
+    copied = as_is(model)
     kinds = (_ConvNd, nn.Linear, nn.Embedding)
     layers = {id(p) for m in copied.modules() if isinstance(m, kinds) and isinstance(p := m.weight, nn.Parameter)}
     with torch.random.fork_rng(devices=[]):
@@ -57,7 +64,8 @@ class _Scales:
 
     def scaled(self, x: Tensor) -> Tensor:
         if self.next is None:
-            self.held.append(x.square().mean().sqrt().clamp_min(1e-12))
+            with unwatched():
+                self.held.append(x.square().mean().sqrt().clamp_min(1e-12))
             return x / self.held[-1]
         return x / next(self.next)
 
@@ -82,11 +90,13 @@ def without_statistics() -> Iterator[_Scales]:
         return x if bias is None else x + bias.reshape(shape)
 
     def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        before[0](x, shape, weight, bias, eps)
+        with unwatched():
+            before[0](x, shape, weight, bias, eps)
         return scaled(x, weight, bias, tuple(shape))
 
     def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        before[1](x, groups, weight, bias, eps)
+        with unwatched():
+            before[1](x, groups, weight, bias, eps)
         return scaled(x, weight, bias, (1, -1, *(1,) * (x.dim() - 2)))
 
     def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

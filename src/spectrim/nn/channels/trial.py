@@ -2,7 +2,7 @@
 
 A graph of dependencies takes operations that it does not know for elementwise ones. So no group of channels is believed
 in before half of it has been removed from a copy, and all layers of the copy deliver what those of a model do whose
-weights were zeroed instead.
+weights were zeroed instead, and whatever it decides it decides by the same numbers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from spectrim.errors import in_short
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
+from spectrim.nn.channels.decisions import Decision, Decisions, other_decision, ways
 from spectrim.nn.channels.lively import without_statistics
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.copying import copy_model
 from spectrim.nn.layers import canonical
 from spectrim.nn.modes import asks_for_mode, fault_in_training
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import compared, output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
 
@@ -62,7 +64,8 @@ _STAYS = "These channels have to stay, and nothing needs to be done: the layers 
 _MOVING = re.compile(r"view|reshape|permute|transpose|cat", re.IGNORECASE)
 
 
-_Outputs = tuple[list[Tensor], dict[str, list[Tensor]]]  # of a network, and of its layers at every call by name
+# Of a network, of its layers at every call by name, and what it decided.
+_Outputs = tuple[list[Tensor], dict[str, list[Tensor]], list[Decision]]
 Draw = Callable[[int, int], Tensor]
 """Which of so many channels are kept, ascending: one of so many."""
 
@@ -94,7 +97,7 @@ class Trial:
 
     model: nn.Module
     example: Any
-    run: Callable[..., Any]
+    run: Feed
 
     def sort_out(
         self, couplings: Sequence[Coupling], operations: Mapping[str, Sequence[str]]
@@ -160,9 +163,15 @@ class Trial:
             )
         return None
 
+    def ways(self) -> list[tuple[str, frozenset[bool]]]:
+        """How the model with all channels decides (:func:`spectrim.nn.channels.decisions.ways`)."""
+        with torch.no_grad(), without_statistics(), Decisions() as decisions:
+            self.run(copy_model(self.model), self.example)
+        return ways(decisions.made, self.run.layout.size(self.example))
+
     def _outputs(self, model: nn.Module) -> _Outputs:
-        with _recorded(model) as inside:
-            return output_tensors(self.run(model, self.example)), inside
+        with _recorded(model) as inside, Decisions() as decisions:
+            return output_tensors(self.run(model, self.example)), inside, decisions.made
 
     @cached_property
     def trains(self) -> bool:
@@ -214,7 +223,8 @@ def _difference(reference: nn.Module, wanted: _Outputs, given: _Outputs, axes: M
             a = a if left is None else a.index_select(dim_of(owner), left.to(a.device))
             if a.shape != b.shape or not _close(a, b):
                 return f"{_OTHER} at {name}"
-    return None
+    other = other_decision(wanted[2], given[2], _close)
+    return f"{_OTHER}: {other.words} is made with what they are taken together" if other else None
 
 
 @contextlib.contextmanager
