@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
+from spectrim.nn.encoders import unfused
 from spectrim.nn.parameters import modes_kept, parameters_of, version_of
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object, watches
@@ -34,19 +35,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's mode is restored, one by one.
 
-    Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them. So
-    are compiled programs, in which hooks have no place. Other threads that want to watch a model wait.
+    Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them;
+    encoders answer zero at padded positions as with them. So are compiled programs, in which hooks have no place. Other
+    threads that want to watch a model wait.
     """
-    with ALONE, modes_kept(*models):
-        fused = torch.backends.mha.get_fastpath_enabled()
-        try:
-            for model in models:
-                model.eval()
-            torch.backends.mha.set_fastpath_enabled(False)
-            with torch.no_grad(), _eager():
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+    with ALONE, modes_kept(*models), unfused(*models):
+        for model in models:
+            model.eval()
+        with torch.no_grad(), _eager():
+            yield
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
