@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,19 @@ import spectrim
 from spectrim.testing import LAYERS, SmallLayer, sample_inputs, small_site
 
 __all__ = [
-    "ENVIRONMENT", "LAYERS", "MODELS", "SmallLayer", "batches_for", "one_thread", "sample_inputs", "settled",
+    "ENVIRONMENT", "LAYERS", "MODELS", "Seen", "SmallLayer", "batches_for", "one_thread", "sample_inputs", "settled",
     "small_site",
 ]  # fmt: skip
+
+
+class Seen:
+    """What a model is seen to do: in a slot, where the library does not take it back as it does what a model keeps."""
+
+    __slots__ = ("entries",)
+
+    def __init__(self, entries: Any = ()) -> None:
+        self.entries: Any = entries or []
+
 
 # Of programs that tests start: they find the package and the tests, and use one thread.
 ENVIRONMENT = os.environ | {

@@ -11,6 +11,7 @@ import spectrim as st
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import measure_latency, peak_memory
 from spectrim.report.measures import accuracy, counted_macs
+from tests.cases import Seen
 
 
 class Recorder(nn.Module):
@@ -21,12 +22,14 @@ class Recorder(nn.Module):
         self.name, self.calls, self.drop = name, calls, nn.Dropout()
 
     def forward(self, x, scale=1.0):
-        self.calls.append((self.name, self.training, self.drop.training, torch.is_inference_mode_enabled(), scale))
+        self.calls.entries.append(
+            (self.name, self.training, self.drop.training, torch.is_inference_mode_enabled(), scale)
+        )
         return x * scale
 
 
 def test_models_take_turns_in_evaluation_and_inference_mode():
-    calls = []
+    calls = Seen()
     models = {name: Recorder(name, calls) for name in "abc"}
     models["a"].train()
     models["b"].eval()
@@ -38,8 +41,8 @@ def test_models_take_turns_in_evaluation_and_inference_mode():
         models, torch.ones(3), repeats=4, warmup=2, progress=lambda n, total: progress.append((n, total))
     )
     # Each once to see what it writes; then in the other order every second time.
-    assert [call[0] for call in calls] == [*"abc", *"abccba" * 3]
-    assert all(call[1:4] == (False, False, number > 2) for number, call in enumerate(calls))
+    assert [call[0] for call in calls.entries] == [*"abc", *"abccba" * 3]
+    assert all(call[1:4] == (False, False, number > 2) for number, call in enumerate(calls.entries))
     assert [[m.training for m in model.modules()] for model in models.values()] == modes
     assert set(timings) == set("abc")
     assert all(len(t.samples) == len(t.preempted) == 4 and min(t.samples) > 0 for t in timings.values())
@@ -58,9 +61,9 @@ def test_modes_and_threads_are_restored_after_an_error():
 
 @pytest.mark.parametrize("example", [(torch.ones(2), 3.0), [torch.ones(2), 3.0], {"x": torch.ones(2), "scale": 3.0}])
 def test_examples_of_all_kinds(example):
-    calls = []
+    calls = Seen()
     measure_latency({"model": Recorder("m", calls)}, example, repeats=1, warmup=0)
-    assert [call[-1] for call in calls] == [3.0, 3.0]
+    assert [call[-1] for call in calls.entries] == [3.0, 3.0]
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -109,7 +112,7 @@ class Writes(nn.Module):
         self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
         self.register_buffer("mean", torch.zeros(32))
         self.passes, self.seen, self.made = 0, None, None
-        self.lengths = []
+        self.lengths = Seen()
 
     def forward(self, ids):
         self.passes += 1
@@ -117,7 +120,7 @@ class Writes(nn.Module):
         self.mean.lerp_(x.mean((0, 1)), 0.1)
         self.slow.data.mul_(1.1)
         self.seen = x if self.seen is None else torch.cat([self.seen, x], 1)
-        self.lengths.append(self.seen.shape[1])
+        self.lengths.entries.append(self.seen.shape[1])
         if self.made is None:
             self.made = torch.arange(32.0)
         return self.b(torch.relu(self.a(x))) + self.slow + self.made
@@ -155,4 +158,4 @@ def test_every_timed_pass_finds_the_same():
     model = Writes()
     measure_latency({"model": model}, IDS, repeats=3, warmup=1)
     # The first makes what stays; what grows is as long in all that are timed.
-    assert model.lengths == [5, 10, 10, 10, 10, 10]
+    assert model.lengths.entries == [5, 10, 10, 10, 10, 10]

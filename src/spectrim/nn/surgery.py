@@ -9,6 +9,7 @@ from torch import nn
 
 from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
+from spectrim.nn.encoders import leave_fused_kernels
 from spectrim.nn.layers import is_layer, paths_of
 from spectrim.nn.modules import FactoredHead, FactoredTable, dense_layer
 from spectrim.nn.parameters import parameters_of
@@ -58,7 +59,7 @@ def _leave_fused_kernels(model: nn.Module, layer: nn.TransformerEncoderLayer) ->
     layer.activation_relu_or_gelu = 0
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(inner is layer for inner in encoder.layers):
-            encoder.use_nested_tensor = False
+            leave_fused_kernels(encoder)
 
 
 @called_as("Write merge(model), or merge(model, batches); of a result, its .model", model=nn.Module)

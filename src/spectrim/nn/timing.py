@@ -28,6 +28,7 @@ from spectrim.errors import ExportError
 from spectrim.nn.copying import copy_model
 from spectrim.nn.parameters import modes_kept, parameters_of
 from spectrim.nn.sparse.kernels import choose_kernels
+from spectrim.nn.watch.contents import contents_kept
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE, kept, left_as_found
 from spectrim.progress import Steps, reports_steps, told
@@ -234,7 +235,7 @@ def _evaluating(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @contextlib.contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    with ALONE, modes_kept(model):
+    with ALONE, modes_kept(model), contents_kept(model):
         model.eval()
         yield
 

@@ -12,6 +12,7 @@ from spectrim.linalg.patterns import NofM, WholeChannels
 from spectrim.nn.sparse import kernels
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
 from spectrim.nn.sparse.products import semi_structured
+from tests.cases import Seen
 from tests.nn.layers import close
 from tests.nn.sparse.test_layers import masked, summed
 
@@ -28,10 +29,10 @@ class Net(nn.Module):
         self.slim = masked(nn.Conv2d(8, 8, 1), 0.5, WholeChannels())
         self.total = summed(nn.Linear(8, 5))
         self.unused = masked(nn.Linear(8, 5))
-        self.modes = []
+        self.modes = Seen()
 
     def forward(self, x, scale=1.0):
-        self.modes.append((self.training, torch.is_grad_enabled(), torch.get_num_threads()))
+        self.modes.entries.append((self.training, torch.is_grad_enabled(), torch.get_num_threads()))
         x = torch.relu(self.slim(torch.relu(self.grouped(torch.relu(self.conv(x))))))
         return self.total(torch.relu(self.total.pair(x.mean((2, 3))).repeat(1, 2)[:, :8]) * scale)
 
@@ -105,7 +106,7 @@ def test_results_stay_and_so_do_modes_threads_and_hooks():
     before, modes = torch.get_num_threads(), [m.training for m in net.modules()]
     chosen = choose_kernels(net, (x, torch.zeros(2)), threads=1, rounds=2)
     assert all(isinstance(c, ChosenKernel) and c.milliseconds[c.kernel] > 0 for c in chosen)
-    assert set(net.modes) == {(False, False, 1)}
+    assert set(net.modes.entries) == {(False, False, 1)}
     assert torch.get_num_threads() == before
     assert [m.training for m in net.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
@@ -118,7 +119,7 @@ def test_results_stay_and_so_do_modes_threads_and_hooks():
 def test_types_without_a_packed_kernel_have_no_choice():
     net = Net().bfloat16()
     assert choose_kernels(net, torch.randn(2, 3, 6, 6), rounds=2) == ()
-    assert len(net.modes) <= 3
+    assert len(net.modes.entries) <= 3
     assert choose_kernels(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3)) == ()
 
 
@@ -135,7 +136,7 @@ def test_a_failure_leaves_the_model_as_it_was():
 def test_the_budget_ends_the_rounds_but_three_are_taken():
     net = Net()
     choose_kernels(net, torch.randn(2, 3, 6, 6), rounds=50, budget=0.0)
-    assert len(net.modes) == 1 + 2 * (kernels._WARM_UP + 3)
+    assert len(net.modes.entries) == 1 + 2 * (kernels._WARM_UP + 3)
 
 
 @pytest.mark.parametrize("options", [{"rounds": 0}, {"margin": -0.1}, {"margin": 1.0}])
@@ -186,4 +187,4 @@ def test_more_rounds_are_taken_while_all_are_disturbed(monkeypatch):
     net, count = Net(), iter(range(10**6))
     monkeypatch.setattr(rounds, "preemptions", lambda: next(count))
     choose_kernels(net, torch.randn(2, 3, 6, 6), rounds=4)
-    assert len(net.modes) == 1 + 2 * (kernels._WARM_UP + 12)
+    assert len(net.modes.entries) == 1 + 2 * (kernels._WARM_UP + 12)

@@ -21,6 +21,7 @@ import spectrim as st
 from spectrim.nn.copying import copy_model
 from spectrim.nn.watch.lockstep import lockstep
 from spectrim.nn.watch.probe import Probe, probe
+from tests.cases import Seen
 
 
 class Repeated(nn.Module):
@@ -56,10 +57,12 @@ class Modes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.seen: list[tuple[bool, bool, bool]] = []
+        self.seen = Seen()
 
     def note(self):
-        self.seen.append((torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        self.seen.entries.append(
+            (torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
+        )
 
     def forward(self, x):
         with torch.inference_mode():
@@ -180,7 +183,7 @@ def test_modes_of_the_thread_belong_to_each_pass():
             state = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
             assert state == (False, False, False)
     wanted = [(True, False, False), (False, True, False)]
-    assert [each for each in small.seen if each in wanted] == wanted[:1] * 3 + wanted[1:] * 3
+    assert [each for each in small.seen.entries if each in wanted] == wanted[:1] * 3 + wanted[1:] * 3
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
 

@@ -15,6 +15,7 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.sensitivity import calibrated_and_weighed, weighed
+from tests.cases import Seen
 
 
 class Net(nn.Module):
@@ -23,12 +24,12 @@ class Net(nn.Module):
     def __init__(self, *, inplace: bool = False, fails: dict[bool, int] | None = None) -> None:
         super().__init__()
         self.conv, self.act, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace), nn.Linear(8, 5)
-        self.inplace, self.passes, self.fails = inplace, {False: 0, True: 0}, fails or {}
+        self.inplace, self.seen, self.fails = inplace, Seen({False: 0, True: 0}), fails or {}
 
     def forward(self, x: Tensor) -> Tensor:
         graded = torch.is_grad_enabled()
-        self.passes[graded] += 1
-        if self.passes[graded] == self.fails.get(graded, 0):
+        self.seen.entries[graded] += 1
+        if self.seen.entries[graded] == self.fails.get(graded, 0):
             raise RuntimeError("not this one")
         y = self.act(self.conv(x))
         if self.inplace:
@@ -73,7 +74,7 @@ def test_both_are_what_passes_of_their_own_give(inplace, samples):
 def test_batches_behind_the_first_are_run_once():
     model = Net()
     together(model)
-    assert model.passes == {False: 1, True: 3}
+    assert model.seen.entries == {False: 1, True: 3}
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
+from spectrim.nn.encoders import unfused
 from spectrim.nn.parameters import modes_kept, parameters_of, version_of
+from spectrim.nn.watch.contents import contents_kept
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object, watches
 from spectrim.nn.watch.writes import seen_writing, tell, written
@@ -32,21 +34,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is restored, one by one.
+    """Evaluation mode without gradients; every module's mode is restored, one by one, and what its lists hold.
 
-    Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them. So
-    are compiled programs, in which hooks have no place. Other threads that want to watch a model wait.
+    Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them;
+    encoders answer zero at padded positions as with them. So are compiled programs, in which hooks have no place. Other
+    threads that want to watch a model wait.
     """
-    with ALONE, modes_kept(*models):
-        fused = torch.backends.mha.get_fastpath_enabled()
-        try:
-            for model in models:
-                model.eval()
-            torch.backends.mha.set_fastpath_enabled(False)
-            with torch.no_grad(), _eager():
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
+    with ALONE, modes_kept(*models), unfused(*models), contents_kept(*models):
+        for model in models:
+            model.eval()
+        with torch.no_grad(), _eager():
+            yield
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
@@ -200,9 +198,9 @@ class State:
         }
 
     def put_back(self, places: Iterable[Location] | None = None) -> None:
-        """Have the model keep what it did, each object with what was in it; logs, which hold neither tensors nor
-        modules, go on.
+        """Have the model keep what it did, each object with what was in it.
 
+        Logs outside of the modules, which hold neither tensors nor modules, go on: they are somebody else's.
         At some places only, where the rest is meant to be another by now; else hooks that came meanwhile go too, since
         what marks them as there does.
         """
@@ -210,7 +208,8 @@ class State:
             self.take_hooks()
         for place in self.changed() if places is None else places:
             value, copy, version = self._held.get(place, (_GONE, None, 0))
-            if _is_log(place.get(self._model)) and (value is _GONE or _is_log(copy)):
+            is_log = _is_log(place.get(self._model)) and (value is _GONE or _is_log(copy))
+            if is_log and place.among == "outside":
                 continue
             if not _same(value, copy, version):
                 _refill(value, copy)
