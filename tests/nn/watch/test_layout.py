@@ -362,3 +362,89 @@ def test_an_empty_batch_is_named() -> None:
     for batches in ([X, X[:0]], Loader()):
         with pytest.raises(st.CalibrationError, match="calibration batch 1 is empty"):
             st.compress(model, batches, "macs=90%")
+
+
+class Rows(nn.Module):
+    """Two layers, and what a case does with them."""
+
+    def __init__(self, run: Callable[..., torch.Tensor], parameters: str) -> None:
+        super().__init__()
+        self.a, self.b, self.e = nn.Linear(8, 6), nn.Linear(6, 5), nn.EmbeddingBag(9, 8)
+        self.run = run
+        forward: dict[str, Any] = {}
+        exec(f"def forward({parameters}): return run({parameters})", {"run": lambda *args: run(self, *args)}, forward)
+        self.forward = forward["forward"]
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+def neighbours(x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    return x.index_add(0, edges[1], x[edges[0]])
+
+
+NODES, STEP, EDGES = torch.randn(12, 8), torch.rand(1), torch.randint(0, 12, (2, 30))
+COUNTED_BY_OUTPUTS: dict[str, tuple[Callable[..., torch.Tensor], str, Any]] = {
+    "a time step first": (lambda m, t, x: m.mlp(x) * t, "t, x", (STEP, NODES)),
+    "and labels": (lambda m, t, x: m.mlp(x) * t, "t, x", (STEP, NODES, torch.zeros(12))),
+    "in one element": (lambda m, t, x: m.mlp(x) * t, "t, x", ((STEP, NODES), torch.zeros(12))),
+    "by name": (lambda m, t, x: m.mlp(x) * t, "t, x", {"t": STEP, "x": NODES}),
+    "edges first": (lambda m, e, x: m.mlp(neighbours(x, e)), "e, x", (EDGES, NODES)),
+    "a state first": (
+        lambda m, h, x: m.mlp(x + h.squeeze(0)[:, None])[:, -1], "h, x", (torch.zeros(1, 12, 8), torch.randn(12, 4, 8)),
+    ),
+    "bags": (lambda m, t, o: m.mlp(m.e(t, o)), "t, o", (torch.randint(0, 9, (60,)), torch.arange(0, 60, 5))),
+    "a pair": (lambda m, p: m.mlp(p[0]) + p[1], "p", ((NODES, torch.randn(12, 5)),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", COUNTED_BY_OUTPUTS)
+def test_samples_are_as_many_as_outputs_where_the_first_input_is_none(form: str) -> None:
+    run, parameters, batch = COUNTED_BY_OUTPUTS[form]
+    feed = Feed().decide(Rows(run, parameters), batch)
+    assert feed.layout.size(batch) == 12
+    assert "12 samples were counted" in " ".join(feed.notes)
+    assert Samples.of(batch, feed.layout).size == 12
+    assert feed.layout.size(feed.resized(batch, 5)) == 5
+
+
+COUNTED_AS_BEFORE: dict[str, tuple[Callable[..., torch.Tensor], str, Any, int, bool]] = {
+    "nodes of graphs": (
+        lambda m, x, e: m.mlp(neighbours(x, e)).reshape(3, 4, 5).sum(1), "x, e", (NODES, EDGES), 12, True,
+    ),
+    "two graphs": (lambda m, x, e: m.mlp(x).reshape(2, 6, 5).sum(1), "x, e", (NODES, EDGES), 12, True),
+    "boxes of an image": (
+        lambda m, x, r: m.mlp(x)[0][r], "x, r", (torch.randn(1, 12, 8), torch.arange(7)), 1, True,
+    ),
+    "boxes of images": (lambda m, x, r: m.mlp(x)[r], "x, r", (NODES[:3], torch.arange(7) % 3), 3, True),
+    "one sample less an axis": (
+        lambda m, x, a: (a @ m.mlp(x))[0], "x, a", (torch.randn(1, 12, 8), torch.ones(12, 12)), 1, True,
+    ),
+    "tokens in one row": (lambda m, x: m.mlp(x).reshape(-1, 5), "x", (torch.randn(3, 4, 8),), 3, True),
+    "positions in front": (
+        lambda m, x, a: (a @ m.mlp(x)).transpose(0, 1), "x, a", (torch.randn(3, 12, 8), torch.ones(12, 12)), 3, False,
+    ),
+    "a loss": (lambda m, t, x: (m.mlp(x) * t).mean(), "t, x", (STEP, NODES), 1, False),
+    "clouds of points": (lambda m, p: torch.cat([m.mlp(x) for x in p]), "p", ([NODES, NODES],), 2, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", COUNTED_AS_BEFORE)
+def test_samples_are_counted_by_the_first_input_where_outputs_tell_nothing_else(form: str) -> None:
+    run, parameters, batch, samples, told = COUNTED_AS_BEFORE[form]
+    model, feed = Rows(run, parameters), Feed()
+    with torch.no_grad():
+        feed(model, batch)
+    assert feed.layout.size(batch) == samples
+    assert any(f"{samples} samples were counted in a batch whose outputs" in note for note in feed.notes) == told
+
+
+class Timed(One):
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.fc(x) * t
+
+
+def test_costs_are_those_of_one_sample_where_a_time_step_comes_first() -> None:
+    result = st.compress(Timed().eval(), [(STEP, torch.randn(12, 3)) for _ in range(2)], "macs=100%", sensitivity=False)
+    assert result.sites.samples == 24
+    assert result.plan.dense_costs["macs"] == 3 * 2

@@ -25,6 +25,7 @@ from spectrim.nn.watch.nesting import checked_batches as checked_batches
 from spectrim.nn.watch.nesting import logits as logits
 from spectrim.nn.watch.nesting import output_tensors as output_tensors
 from spectrim.nn.watch.nesting import resized as resized
+from spectrim.nn.watch.rows import counted, parted, uncounted
 from spectrim.nn.watch.state import evaluating as evaluating
 from spectrim.nn.watch.state import kept
 from spectrim.nn.watch.ways import (
@@ -72,6 +73,7 @@ class Feed:
         self._way: Way | None = None
         self._form: _Form | None = None
         self._first = ""
+        self._has_run = False
         self.layout = Layout(mask=mask)  # where samples are; known once a batch has been seen
         self.notes: tuple[str, ...] = ()  # what was decided that a user may not expect
 
@@ -110,8 +112,13 @@ class Feed:
             self.layout = dataclasses.replace(layout, axis=asked)
         else:
             axis, note = (0, "") if way.listed or self._forward is not None else _axis(model, batch, way)
+            layout = dataclasses.replace(layout, axis=axis, listed=way.listed)
+            if self._forward is None and not note:
+                layout, note = _by_rows(model, batch, way, layout)
+            # What a way says of a list is untrue where its entries are no samples.
+            notes = notes if layout.listed == way.listed else notes[1:]
             notes += [note] if note else []
-            self.layout = dataclasses.replace(layout, axis=axis, listed=way.listed)
+            self.layout = layout
         self.notes = tuple(notes)
         self._form, self._first = _Form.of(model, self.layout, batch), in_words(batch)
 
@@ -150,7 +157,16 @@ class Feed:
         else:
             args, kwargs = self.arguments(model, batch)
             run = functools.partial(bare(model), *args, **kwargs)
-        return functools.partial(_run, model, run, seed_of(batch))
+        return functools.partial(self._seen, batch, functools.partial(_run, model, run, seed_of(batch)))
+
+    def _seen(self, batch: Any, run: Callable[[], Any]) -> Any:
+        """What a pass gives; the first one that goes well tells whether samples are counted rightly."""
+        output = run()
+        if not self._has_run and self._forward is None and self._samples is None:
+            self._has_run = True
+            note = uncounted(self.layout, batch, [*tensors(output)])
+            self.notes = (*self.notes, *((note,) if note else ()))
+        return output
 
     def resized(self, batch: Any, size: int) -> Any:
         """The same batch with other samples than it has, repeated or cut."""
@@ -291,17 +307,35 @@ class _Form:
         return single or now.kinds != self.kinds or not needed <= now.names <= self.names
 
 
-def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
-    """What a model raises on a batch; None where it runs."""
+def _runs(model: nn.Module, way: Way, batch: Any, outputs: list[Tensor] | None = None) -> Exception | None:
+    """What a model raises on a batch; None where it runs, and its ``outputs`` are added to those given."""
     try:
         with evaluating(model), kept(model):
             args, kwargs = moved(way.take(batch), model)
-            _run(model, functools.partial(bare(model), *args, **kwargs), seed_of(batch))
+            given = _run(model, functools.partial(bare(model), *args, **kwargs), seed_of(batch))
+            if outputs is not None:
+                outputs += tensors(given)
     except SpectrimError:
         raise
     except Exception as error:  # a model may raise anything where it is given what it does not take
         return error
     return None
+
+
+def _by_rows(model: nn.Module, batch: Any, way: Way, layout: Layout) -> tuple[Layout, str]:
+    """The layout as a model's outputs tell it, and what a user should know of it."""
+
+    def outputs(part: Any) -> list[Tensor] | None:
+        given: list[Tensor] = []
+        return given if _runs(model, way, part, given) is None else None
+
+    if not layout.listed:
+        args, kwargs = way.take(batch)
+        return counted(layout, batch, list(tensors((args, kwargs))), outputs)
+    first = next(iter(layout.inputs(batch)), None)
+    if is_sample(model, first) or is_vector(model, first):
+        return layout, ""
+    return parted(layout, batch, outputs)
 
 
 def _rounded(model: nn.Module, taken: Any) -> Iterator[str]:

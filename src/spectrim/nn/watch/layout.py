@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Layout:
     """Which part of a batch is inputs, what of them is a sample, and which of its positions are data."""
 
     axis: int = 0  # of the input tensors, that samples lie on
+    counted: int = 0  # which of a batch's tensors says how many samples there are, where that is not the first input
     listed: bool = False  # the inputs are a list with an entry for each sample, which may differ in size
     whole: bool = False  # the batch as it comes is the inputs; else, of a list or tuple, its first element
     count: Callable[[Any], int] | None = None  # counts the samples of a batch, where a user says how
@@ -51,7 +53,14 @@ class Layout:
     def inputs(self, batch: Any) -> Any:
         """The part of a batch that tells samples apart, without targets."""
         first = batch[0] if isinstance(batch, list | tuple) and batch and not self.whole else None
+        if first is not None and (counted := self._element(batch)):
+            return tuple(batch[: max(counted + 1, len(self.names))])
         return first if isinstance(first, Tensor | Mapping | list | tuple) or is_record(first) else batch
+
+    def _element(self, batch: Sequence[Any]) -> int:
+        """Which element of a batch holds the tensor that is counted."""
+        ends = itertools.accumulate(sum(1 for _ in tensors(element)) for element in batch) if self.counted else ()
+        return next((number for number, end in enumerate(ends) if self.counted < end), 0)
 
     def named(self, batch: Any) -> Mapping[str, Any]:
         """The inputs that have names, in a mapping or as the model's ``forward`` calls them."""
@@ -80,6 +89,8 @@ class Layout:
             return len(self.inputs(batch))
         if isinstance(self.inputs(batch), PackedSequence):
             return int(self.inputs(batch).batch_sizes[0])
+        if self.counted:
+            return len(next(itertools.islice(tensors(batch), self.counted, None)))
         for part in (self.inputs(batch), batch):
             for tensor in tensors(part):
                 if tensor.dim() > self.axis:
