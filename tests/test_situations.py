@@ -221,9 +221,31 @@ def test_what_has_no_values_is_refused_before_the_work() -> None:
     model = Two()
     model.c = nn.Linear(32, 32, device="meta")
     with pytest.raises(
-        st.CheckpointError, match=r"Linear's state 'c.weight' is on the meta device and has no values .* load them"
+        st.CalibrationError, match=r"Two's weight 'c.weight' is on the meta device and has no numbers: load them first"
     ):
         st.compress(model, BATCHES, "macs=80%")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model: st.compress(model, BATCHES, "macs=80%"),
+        lambda model: st.compress(model, BATCHES, "macs=80%", methods="auto"),
+        lambda model: st.calibrate(model, st.find(model), BATCHES),
+        lambda model: st.sensitivity(model, st.find(model), BATCHES),
+        lambda model: st.learn_ranks(model, [(x, x) for x in BATCHES], "macs=80%", loss=F.mse_loss),
+        lambda model: st.budget_path(model, [(x, x) for x in BATCHES], ["macs=80%"], loss=F.mse_loss),
+        lambda model: st.sweep(model, BATCHES, ["macs=80%"]),
+    ],
+    ids=["compress", "auto", "calibrate", "sensitivity", "learn_ranks", "budget_path", "sweep"],
+)
+def test_a_model_without_numbers_is_told_to_be_loaded(run: Any) -> None:
+    with pytest.raises(st.CalibrationError, match=r"'a.weight' is on the meta device and has no numbers: load them"):
+        run(Two().to("meta"))
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32))
+    model[1].running_mean = torch.zeros(32, device="meta")
+    with pytest.raises(st.CalibrationError, match=r"Sequential's buffer '1.running_mean' is on the meta device"):
+        run(model)
 
 
 class Unanswered(Two):

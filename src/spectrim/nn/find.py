@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
+from spectrim.errors import CalibrationError, UnsupportedLayerError, called_as, did_you_mean
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
@@ -303,6 +303,24 @@ def check_model(model: object) -> None:
             f"{made!r} of the {type(model).__name__} was made in torch.inference_mode(), and can neither be changed "
             "nor give gradients: make the model outside of it, or take copy.deepcopy(model) outside of it"
         )
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raise CalibrationError for parameters and buffers on the meta device, which have shapes and no numbers.
+
+    Those that accelerate loads when their module is called are there by then.
+    """
+    for name, module in model.named_modules():
+        if asked(module, "_hf_hook") is not None:
+            continue
+        held = [("weight", each) for each in module._parameters.items()]
+        held += [("buffer", each) for each in module._buffers.items()]
+        for kind, (key, tensor) in held:
+            if tensor is not None and tensor.is_meta and not is_lazy(tensor):
+                raise CalibrationError(
+                    f"{type(model).__name__}'s {kind} {f'{name}.{key}'.lstrip('.')!r} is on the meta device and has no "
+                    "numbers: load them first"
+                )
 
 
 Masks = Mapping[nn.Module, tuple[nn.Module, Tensor, Pattern]]

@@ -30,6 +30,13 @@ def unwatched() -> Iterator[None]:
 class _Counting(Uncompiled, _FlopCounterMode):
     """Sees operations; of those that take functions, as fused attention with a score of one's own, what they give."""
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Torch's counter would take what is done to nested tensors apart, which fails.
+        if _nested(args):
+            out = func(*args, **(kwargs or {}))
+            return self.counter._count_flops(func._overloadpacket, out, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def _handle_higher_order_ops(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         out = super()._handle_higher_order_ops(func, types, args, kwargs)
         if out is not NotImplemented:
@@ -90,9 +97,11 @@ class WorkCounter(FlopCounterMode):
         if count is not None:
             work = round(2 * times * count(*args, **kwargs, out=out))
         else:
-            if func_packet not in self.flop_registry and is_unknown(name):
+            # Formulas of torch's ask for sizes that nested tensors do not have.
+            counted = func_packet in self.flop_registry and not _nested(args)
+            if not counted and (func_packet in self.flop_registry or is_unknown(name)):
                 self.uncounted.setdefault(name, modules)
-            out = super()._count_flops(func_packet, out, args, kwargs)
+            out = super()._count_flops(func_packet, out, args, kwargs) if counted else out
             work = times * (self.flop_counts[_EVERYTHING][func_packet] - before)
         self.flop_counts[_EVERYTHING][func_packet] = before + work
         if work:
@@ -117,6 +126,11 @@ class WorkCounter(FlopCounterMode):
 
 def _is_complex(out: Any) -> bool:
     return isinstance(out, Tensor) and out.is_complex()
+
+
+def _nested(args: Any) -> bool:
+    """Whether an operation is given a nested tensor."""
+    return any(isinstance(each, Tensor) and each.is_nested for each in args)
 
 
 def _paths(model: nn.Module) -> dict[int, str]:

@@ -207,6 +207,8 @@ _ATEN: dict[Formula, str] = {
 }
 _LINEAR = ("", "_relu", "_dynamic", "_relu_dynamic", "_leaky_relu", "_tanh", "_dynamic_fp16", "_relu_dynamic_fp16")
 _FORMULAS: dict[str, Formula] = {
+    # Of nested tensors: it is taken apart for others.
+    "aten::linear": lambda x, weight, bias=None, *, out: out.numel() * weight.shape[-1],
     **{f"aten::{name}": count for count, names in _ATEN.items() for name in names.split()},
     # Whatever its mask leaves out, as of the others.
     "flex_attention": _attention,

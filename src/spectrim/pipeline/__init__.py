@@ -17,7 +17,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.agreement import check_comparable
 from spectrim.nn.agreement import output_error as output_error
 from spectrim.nn.checkpoint import check_savable
-from spectrim.nn.find import Which, check_model
+from spectrim.nn.find import Which, check_loaded, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.nesting import at_hand, begun
@@ -162,6 +162,7 @@ def compress(
     there are. Where none holds, the dense network is returned.
     """
     check_model(model)
+    check_loaded(model)
     check_savable(model)
     judge = Judge.of(evaluate, better)
     tolerance = Tolerance.of(max_drop, min_agreement, judge)

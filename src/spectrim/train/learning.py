@@ -14,7 +14,7 @@ from torch import nn
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, did_you_mean
 from spectrim.network.printing import Grid, count
-from spectrim.nn.find import Which
+from spectrim.nn.find import Which, check_loaded
 from spectrim.nn.modes import check_trainable
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import begun
@@ -100,6 +100,7 @@ class LearningRun:
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
+        check_loaded(self.model)
         check_options(self.groups, self.latency)
         check_teacher(self.training["teacher"])
         known = [

@@ -25,7 +25,7 @@ from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
 from spectrim.nn.checkpoint import check_savable, save
-from spectrim.nn.find import Which, check_model
+from spectrim.nn.find import Which, check_loaded, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.nesting import at_hand
@@ -139,6 +139,7 @@ def sweep(
         For arguments that cannot be meant, before any work.
     """
     check_model(model)
+    check_loaded(model)
     asked = asked_budgets(budgets, costs)
     Judge.of(evaluate, better)
     if fine_tune is not None:

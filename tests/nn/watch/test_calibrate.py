@@ -643,3 +643,30 @@ def test_channels_that_other_layers_read_in_later_batches_stay():
     assert "second:out" in {c.name for c in sites.couplings}
     (reason,) = (skipped.reason for skipped in sites.skipped if skipped.name == "first:out")
     assert "different ways" in reason
+
+
+class OfSeveralLengths(nn.Module):
+    """Sequences of several lengths without padding, in one of three layers."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.layout = layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.table(x)
+        ragged = torch.nested.as_nested_tensor([x[:2], x[2:]], layout=self.layout)
+        return self.b(torch.cat(list(self.a(ragged).relu().unbind())))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_a_layer_that_is_given_nested_tensors_is_left_alone_and_counted(layout: torch.layout) -> None:
+    words = [torch.randint(9, (8,)) for _ in range(3)]
+    model = OfSeveralLengths(layout).eval()
+    sites = calibrate(model, find(model), words)
+    assert [site.name for site in sites] == ["table", "b"]
+    assert "nested tensor" in next(each.reason for each in sites.skipped if each.name == "a")
+    assert sites.other_macs == 0
+    assert sum(spec.in_channels * spec.out_channels * spec.rows for spec in sites.untouched) == 64
+    assert [site.name for site in calibrate(model, find(model, skip="a"), words)] == ["table", "b"]

@@ -12,7 +12,7 @@ from torch import nn
 from spectrim.errors import CalibrationError, called_as
 from spectrim.linalg.moments import Moments
 from spectrim.network.sites import Layer, Sites
-from spectrim.nn.find import elsewhere
+from spectrim.nn.find import check_loaded, elsewhere
 from spectrim.nn.watch.batches import Feed, in_order
 from spectrim.nn.watch.layout import Mask, Where
 from spectrim.nn.watch.masks import unread
@@ -174,6 +174,7 @@ def check_weights(model: nn.Module, sites: Sites) -> None:
             f"layer {lazy!r} ({type(model.get_submodule(lazy)).__name__}) has no weights yet: run the model once on a "
             "batch, which gives lazy layers their shapes"
         )
+    check_loaded(model)
     sites.check_finite()
     if why := elsewhere(model, sites):
         raise CalibrationError(why)

@@ -113,7 +113,12 @@ class Shapes:
             if not isinstance(inputs, Tensor):
                 self.refused = f"called with a {type(inputs).__name__} and not with a tensor"
                 return
-            if inputs.layout is not torch.strided:
+            if inputs.is_nested:
+                self.refused = (
+                    "called with a nested tensor, whose rows cannot be watched: give it a padded one "
+                    "(to_padded_tensor(0))"
+                )
+            elif inputs.layout is not torch.strided:
                 self.refused = "called with a sparse tensor, whose rows cannot be watched: give it x.to_dense()"
             if not inputs.numel():
                 return
@@ -123,7 +128,7 @@ class Shapes:
                 if self.seen is not None and not self.frozen:
                     self.seen.note(inputs, self.spec.name)
                 self._of = self.size
-                self._calls.append(Call.of(self.spec, self.spec.as_vectors(tuple(inputs.shape)), self.size))
+                self._calls.append(Call.of(self.spec, _shape(self.spec, inputs), self.size))
             self.see(inputs, output)
 
         return watch
@@ -273,6 +278,14 @@ class TableWatcher(Watcher):
             return dataclasses.replace(self._layer, spec=spec)
         output = Moments.of_rows(self._layer.weight[0].mT, self._weights, count, centred=not spec.keeps_zero)
         return dataclasses.replace(self._layer, spec=spec, statistics=Statistics(output=output))
+
+
+def _shape(spec: LayerSpec, inputs: Tensor) -> tuple[int, ...]:
+    """Shape of a layer's input as its weight multiplies it; of a nested tensor that of all its rows."""
+    if not inputs.is_nested:
+        return spec.as_vectors(tuple(inputs.shape))
+    rows = inputs.numel() if spec.looks_up else inputs.numel() // spec.in_channels
+    return spec.as_vectors((rows,) if spec.looks_up else (rows, spec.in_channels))
 
 
 def expected(counts: Tensor, padding: Tensor | None = None) -> Tensor:
