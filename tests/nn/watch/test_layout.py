@@ -420,7 +420,7 @@ COUNTED_AS_BEFORE: dict[str, tuple[Callable[..., torch.Tensor], str, Any, int, b
     "one sample less an axis": (
         lambda m, x, a: (a @ m.mlp(x))[0], "x, a", (torch.randn(1, 12, 8), torch.ones(12, 12)), 1, True,
     ),
-    "tokens in one row": (lambda m, x: m.mlp(x).reshape(-1, 5), "x", (torch.randn(3, 4, 8),), 3, True),
+    "tokens in one row": (lambda m, x: m.mlp(x).reshape(-1, 5), "x", (torch.randn(3, 4, 8),), 3, False),
     "positions in front": (
         lambda m, x, a: (a @ m.mlp(x)).transpose(0, 1), "x, a", (torch.randn(3, 12, 8), torch.ones(12, 12)), 3, False,
     ),

@@ -72,9 +72,9 @@ def uncounted(layout: Layout, batch: Any, outputs: Sequence[Tensor]) -> str:
     """What a user should know of outputs that have other numbers of rows than a batch has samples; empty if none."""
     if layout.listed or layout.count is not None or isinstance(layout.inputs(batch), PackedSequence):
         return ""
-    size = layout.size(batch)
+    size, first = layout.size(batch), next(iter(tensors(layout.inputs(batch))), None)
     rows = _rows(outputs, size)
-    if rows is None or not _leading(outputs):
+    if rows is None or not _leading(outputs) or (first is not None and _folds(first, size, rows)):
         return ""
     return (
         f"{size} samples were counted in a batch whose outputs have {rows} rows: costs are those of one of {size}; "
