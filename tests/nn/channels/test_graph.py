@@ -412,6 +412,7 @@ ASKING = {
     "the mean of each sample": lambda x: torch.where(x.mean((1, 2, 3), keepdim=True) > 2, x.flip(1), x),
     "the mean at each position": lambda x: torch.where(x.mean(1, keepdim=True) > 9, x.flip(1), x),
     "the largest mean": lambda x: x.flip(1) if x.mean((0, 2, 3)).argmax() == 17 else x,
+    "whether it is a number": lambda x: x.flip(1) if torch.allclose(x.mean(), torch.tensor(7.0)) else x,
     "whether one is large": lambda x: x.clamp(max=1) if (x > 0.5).any() else x,
     "a number that Python reads": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1) if float(x.norm()) < 0.1 else x,
     "a gate that is shut": lambda x: x + x.flip(1) * relu(x.mean() - 5),
@@ -446,6 +447,8 @@ def test_channels_are_tried_the_way_that_a_network_goes_with_all_samples():
 
     x = torch.cat([torch.zeros(2, 3, 6, 6), torch.randn(6, 3, 6, 6) + 5])
     assert "a:out" in reasons(coupled(Turned(None), x))
+    many = Asked(lambda x: x.flip(1) if len(x) > 4 and x.mean() > 0.2 else x)
+    assert "a:out" in reasons(coupled(many, x))
 
 
 def test_a_layer_that_is_not_reached_has_no_channels():

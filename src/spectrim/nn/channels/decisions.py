@@ -7,6 +7,7 @@ all outputs: so the numbers are looked at, and not what became of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ Alike = Callable[[Tensor, Tensor], bool]
 _READ = "_local_scalar_dense"
 # Names in torch of operations that may give the same of different numbers, by what they are in words.
 _OPERATIONS = {
-    "a comparison": "eq ne lt le gt ge equal any all",
+    "a comparison": "eq ne lt le gt ge equal allclose any all",
     "a choice of the largest": "argmax argmin argsort sort topk kthvalue max min",
     "a choice of one of them": "median nanmedian mode",
     "a choice by their values": "bucketize searchsorted nonzero multinomial bernoulli",
@@ -82,11 +83,12 @@ def _is_mixed(truths: Tensor) -> bool:
 
 
 class Decisions(Uncompiled, TorchDispatchMode):
-    """Keeps all decisions of a pass."""
+    """Keeps all decisions of a pass, of tensors of so many numbers at ``most``."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = math.inf) -> None:
         super().__init__()
         self.made: list[Decision] = []
+        self._most = most
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,11 +96,14 @@ class Decisions(Uncompiled, TorchDispatchMode):
         if name not in _WORDS:
             return func(*args, **kwargs)
         # Before it runs, since it may write into them.
-        numbers = tuple(each.detach().clone() for each in tensors((args, kwargs)))
+        numbers = self._copies((args, kwargs))
         result = func(*args, **kwargs)
-        answers = (each.detach().clone() for each in tensors(result) if not each.is_floating_point())
+        answers = (each for each in self._copies(result) if not each.is_floating_point())
         self.made.append(Decision(name, numbers, tuple(answers)))
         return result
+
+    def _copies(self, held: Any) -> tuple[Tensor, ...]:
+        return tuple(each.detach().clone() for each in tensors(held) if each.numel() <= self._most)
 
 
 def ways(made: Sequence[Decision], samples: int) -> list[tuple[str, frozenset[bool]]]:

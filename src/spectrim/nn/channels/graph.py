@@ -170,13 +170,10 @@ def _as_it_goes(
 ) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
     """The couplings whose removal is right the way that the model goes with the whole batch, and the others.
 
-    With random weights and two samples, on which they were tried, it may have decided otherwise. Networks that decide
-    nothing are not run.
+    With random weights and two samples, on which they were tried, it may have decided otherwise, or not at all.
     """
-    if not good or not (tried := trial.ways()):
-        return good, []
     real = Trial(as_is(model), batch, trial.run)
-    if real.ways() == tried:
+    if not good or real.ways() in (None, trial.ways()):
         return good, []
     right, faults = real.together(good)
     return right, [(c.name, c.channels, explained(faults[c.name])) for c in good if c.name in faults]

@@ -163,11 +163,15 @@ class Trial:
             )
         return None
 
-    def ways(self) -> list[tuple[str, frozenset[bool]]]:
-        """How the model with all channels decides (:func:`spectrim.nn.channels.decisions.ways`)."""
-        with torch.no_grad(), without_statistics(), Decisions() as decisions:
-            self.run(copy_model(self.model), self.example)
-        return ways(decisions.made, self.run.layout.size(self.example))
+    def ways(self) -> list[tuple[str, frozenset[bool]]] | None:
+        """How the model with all channels decides (:func:`spectrim.nn.channels.decisions.ways`); None if it fails."""
+        samples = self.run.layout.size(self.example)
+        try:
+            with torch.no_grad(), without_statistics(), Decisions(samples) as decisions:
+                self.run(copy_model(self.model), self.example)
+        except Exception:  # a model may raise anything; calibration tells it
+            return None
+        return ways(decisions.made, samples)
 
     def _outputs(self, model: nn.Module) -> _Outputs:
         with _recorded(model) as inside, Decisions() as decisions:
