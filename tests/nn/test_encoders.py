@@ -159,6 +159,17 @@ def test_what_is_loaded_merged_and_pickled_gives_the_same(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_compiled_networks_compute_at_padded_positions_as_torch_has_them() -> None:
+    made: Any = torch.compile(Pooled().eval(), backend="eager")
+    dense, x = made, _inputs()
+    result = st.compress(dense, [(x, PADDED)], "macs=90%")
+    agreed = st.agreement(dense, result.model, [(x, PADDED)])
+    assert agreed is not None
+    assert agreed.error == pytest.approx(true := _gap(dense, result.model, x, PADDED), rel=1e-3)
+    assert true < 0.2
+
+
+@pytest.mark.slow
 def test_what_is_exported_gives_zero_too(tmp_path: Path) -> None:
     dense, x = Pooled().eval(), _inputs()
     for model in (dense, st.with_linear_layers(dense)):
