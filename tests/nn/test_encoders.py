@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.nn.agreement import metric_of
 from spectrim.nn.encoders import leave_fused_kernels
 from spectrim.nn.watch.state import evaluating
 
@@ -156,6 +157,22 @@ def test_what_is_loaded_merged_and_pickled_gives_the_same(tmp_path: Path) -> Non
     }
     for name, other in others.items():
         assert _gap(result.model, other, x, PADDED) < 1e-4, name
+
+
+def test_a_metric_that_runs_another_network_finds_the_dense_one_alike() -> None:
+    dense, x = Pooled().eval(), _inputs()
+    assert metric_of(lambda model: _gap(dense, model, x, PADDED), st.with_linear_layers(dense), "a copy") < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_at_padded_positions_as_torch_has_them() -> None:
+    made: Any = torch.compile(Pooled().eval(), backend="eager")
+    dense, x = made, _inputs()
+    result = st.compress(dense, [(x, PADDED)], "macs=90%")
+    agreed = st.agreement(dense, result.model, [(x, PADDED)])
+    assert agreed is not None
+    assert agreed.error == pytest.approx(true := _gap(dense, result.model, x, PADDED), rel=1e-3)
+    assert true < 0.2
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from spectrim.nn.watch.nesting import begun, compared, named_logits, output_tens
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import first_batches, spread
-from spectrim.nn.watch.state import evaluating, kept, settings_kept
+from spectrim.nn.watch.state import as_used, evaluating, kept, settings_kept
 
 log = logging.getLogger(__name__)
 
@@ -402,7 +402,7 @@ def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str
     Modes, hooks and flags that the function sets on the model do not stay. What is no number raises TypeError, for
     ``whose``.
     """
-    with settings_kept(model), evaluating(model):
+    with settings_kept(model), as_used(model):
         value: Any = evaluate(model)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()

@@ -12,12 +12,15 @@ import functools
 import types
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 # Devices that torch has nested tensors on.
 _NESTED = frozenset({"cpu", "cuda", "xpu"})
+# Encoders of compiled models, while these are watched.
+_COMPILED: WeakSet[nn.Module] = WeakSet()
 
 
 class ZeroPadded(nn.TransformerEncoder):
@@ -54,8 +57,11 @@ class ZeroPadded(nn.TransformerEncoder):
         """Whether torch's fused kernels would run on this input, but for a mask."""
         first: Any = self.layers[0]
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (src, *first.parameters()))
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return False  # torch's compiler has padded positions computed
+        fused = torch.backends.mha.get_fastpath_enabled() and not recorded
         return (
-            (ZeroPadded.watched or (torch.backends.mha.get_fastpath_enabled() and not recorded))
+            (fused or (ZeroPadded.watched and self not in _COMPILED))
             and not first.training
             and src.dim() == 3
             and not src.is_nested
@@ -82,11 +88,12 @@ def leave_fused_kernels(encoder: nn.TransformerEncoder) -> None:
 def unfused(*models: nn.Module) -> Iterator[None]:
     """Torch's fused transformer kernels are off; encoders answer as with them, where they were on."""
     fused, watched = torch.backends.mha.get_fastpath_enabled(), ZeroPadded.watched
-    kinds = {}
-    for module in (module for model in models for module in model.modules()) if fused else ():
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-            kinds.setdefault(module, type(module))
+    encoders = [m for model in models for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    compiled = {m for model in models for whole in _compiled(model) for m in whole.modules()}.intersection(encoders)
+    added = compiled.difference(_COMPILED)
+    kinds = {m: type(m) for m in encoders if fused and m not in compiled and getattr(m, "use_nested_tensor", False)}
     try:
+        _COMPILED.update(added)
         for encoder, kind in kinds.items():
             encoder.__class__ = _zero_padded(kind)
         ZeroPadded.watched = watched or fused
@@ -95,10 +102,16 @@ def unfused(*models: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         ZeroPadded.watched = watched
+        _COMPILED.difference_update(added)
         for encoder, kind in kinds.items():
             # Those of which layers were replaced meanwhile stay.
             if encoder.use_nested_tensor:
                 encoder.__class__ = kind
+
+
+def _compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that torch compiles where a user runs them; of ``module.compile()`` no copy knows."""
+    return (module for module in model.modules() if "_orig_mod" in module._modules)
 
 
 @functools.cache

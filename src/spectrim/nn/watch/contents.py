@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from spectrim.nn.watch.outside import COMMON
 
 # No types that are derived from these: what clears and fills them may do more.
 _KINDS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter, tuple, np.ndarray})
+_PLAIN = frozenset({int, float, str, bool, bytes, NoneType})
 # Entries up to which the records of one attribute are copied, so that they can be put back.
 _MANY = 100_000
 
@@ -51,7 +54,8 @@ def _records(value: Any) -> list[Any]:
         if not isinstance(value, tuple):
             found.append(value)
         if not isinstance(value, np.ndarray):
-            waiting.extend(value.values() if isinstance(value, dict) else value)
+            parts = value.values() if isinstance(value, dict) else value
+            waiting.extend(part for part in parts if type(part) not in _PLAIN)
     return found
 
 
@@ -60,14 +64,18 @@ def _refill(record: Any, copy: Any) -> None:
         if record.flags.writeable and record.shape == copy.shape and record.tobytes() != copy.tobytes():
             record[...] = copy
     elif isinstance(record, list | deque):
-        if len(record) != len(copy) or any(a is not b for a, b in zip(record, copy, strict=True)):
+        if not _same(record, copy):
             record.clear()
             record.extend(copy)
-    elif len(record) != len(copy) or _entries(record) != _entries(copy):
+    elif isinstance(record, set):
+        if record != copy:
+            record.clear()
+            record.update(copy)
+    elif not (_same(record, copy) and _same(record.values(), copy.values())):
         record.clear()
         record.update(copy)
 
 
-def _entries(record: Any) -> Any:
-    """What is in a mapping or set, told apart by identity: values may refuse to be compared."""
-    return [(id(key), id(value)) for key, value in record.items()] if isinstance(record, dict) else {*map(id, record)}
+def _same(first: Collection[Any], second: Collection[Any]) -> bool:
+    """Whether two hold the same objects in the same order: values may refuse to be compared."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))

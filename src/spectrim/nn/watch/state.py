@@ -40,7 +40,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     encoders answer zero at padded positions as with them. So are compiled programs, in which hooks have no place. Other
     threads that want to watch a model wait.
     """
-    with ALONE, modes_kept(*models), unfused(*models), contents_kept(*models):
+    with as_used(*models), unfused(*models):
+        yield
+
+
+@contextlib.contextmanager
+def as_used(*models: nn.Module) -> Iterator[None]:
+    """As :func:`evaluating`, for passes that nothing watches: with fused kernels, as users run their networks."""
+    with ALONE, modes_kept(*models), contents_kept(*models):
         for model in models:
             model.eval()
         with torch.no_grad(), _eager():
