@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,10 @@ def unwatched() -> Iterator[None]:
         yield
 
 
+# Torch's own, without what would load its compiler.
+_dispatched = inspect.unwrap(_FlopCounterMode.__torch_dispatch__)
+
+
 class _Counting(Uncompiled, _FlopCounterMode):
     """Sees operations; of those that take functions, as fused attention with a score of one's own, what they give."""
 
@@ -35,7 +40,7 @@ class _Counting(Uncompiled, _FlopCounterMode):
         if _nested(args):
             out = func(*args, **(kwargs or {}))
             return self.counter._count_flops(func._overloadpacket, out, args, kwargs or {})
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return _dispatched(self, func, types, args, kwargs)
 
     def _handle_higher_order_ops(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         out = super()._handle_higher_order_ops(func, types, args, kwargs)

@@ -17,7 +17,7 @@ from spectrim.nn.agreement import metric_of
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.state import evaluating
+from spectrim.nn.watch.state import evaluating, kept
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, Score, counted_macs, file_size, inputs
 
@@ -341,7 +341,7 @@ def _measure(
 def _check_runs(name: str, model: nn.Module, example: Any) -> None:
     """Raise ForwardError, which names the model, where it cannot be run on the example: before anything is measured."""
     try:
-        with evaluating(model):
+        with evaluating(model), kept(model):
             Feed()(model, example)
     except (SpectrimError, torch.OutOfMemoryError):
         raise

@@ -235,7 +235,8 @@ class Loop:
             try:
                 self.after_step(self.model)
             except FloatingPointError:
-                self._check_finite()  # a loss that is not finite tells more than the weights that come of it
+                if self._first is not None and not bool(self._first.isfinite()):
+                    self._check_finite()  # the loss is at fault, and not the weights that come of it
                 raise
         self._done.step += 1
         self._done.batch += 1
