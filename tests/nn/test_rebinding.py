@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -130,3 +131,14 @@ def test_scripted_parts_of_a_copy_have_weights_of_their_own() -> None:
     small = st.compress(Scripted().eval(), BATCHES, "macs=80%").model
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in small.parameters())
     assert st.compress(small, BATCHES, "macs=90%").plan.changed
+
+
+def test_functions_of_namespaces_without_a_name_are_copied() -> None:
+    layer = nn.Linear(4, 4)
+    space: dict[str, Any] = {"layer": layer}
+    exec("def forward(self, x):\n    return layer(x)", space)
+    model: Any = nn.Module()
+    model.layer = layer
+    model.forward = types.MethodType(space["forward"], model)
+    copied = copy_model(model)
+    assert copied.forward.__func__.__globals__["layer"] is copied.layer is not layer

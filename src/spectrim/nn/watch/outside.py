@@ -78,7 +78,7 @@ class Variables(dict[str, Any]):
     """Global variables of a function for which some have another value than in its module of Python."""
 
     def __init__(self, beyond: dict[str, Any]) -> None:
-        super().__init__({name: beyond[name] for name in ("__name__", "__builtins__")})
+        super().__init__({name: beyond[name] for name in ("__name__", "__builtins__") if name in beyond})
         self.beyond = beyond
 
     def __missing__(self, name: str) -> Any:
