@@ -181,3 +181,10 @@ def test_what_is_exported_gives_zero_too(tmp_path: Path) -> None:
     for model in (dense, st.with_linear_layers(dense)):
         st.export_program(model, (x, PADDED), tmp_path / "model.pt2")
         assert _gap(model, torch.export.load(tmp_path / "model.pt2").module(), x, PADDED) < 1e-4
+
+
+def test_widths_of_encoders_with_nested_tensors_can_be_removed() -> None:
+    pytest.importorskip("torch_pruning")
+    model = Pooled().eval()
+    sites = st.couple(model, st.find(model), (torch.randn(SAMPLES, LENGTH, WIDTH), PADDED))
+    assert [c.name for c in sites.couplings] == [f"encoder.layers.{n}.linear1:out" for n in (0, 1)]

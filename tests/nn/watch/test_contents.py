@@ -65,11 +65,49 @@ def test_records_are_those_from_before_on_both_networks() -> None:
     assert {key: id(value) for key, value in _records(model).items()} == objects
 
 
-def test_what_is_large_or_holds_tensors_is_left_as_it_is() -> None:
+def test_what_is_large_or_holds_modules_is_left_as_it_is() -> None:
     model: Any = nn.Module()
-    model.large, model.tensors, model.small = [0] * 200_000, [[torch.ones(1)]], [[0]]
+    model.large, model.modules_too, model.small = [0] * 200_000, [[nn.Linear(1, 1)]], [[0]]
     with contents_kept(model):
         model.large.append(1)
-        model.tensors[0].append(torch.ones(1))
+        model.modules_too[0].append(nn.Linear(1, 1))
         model.small[0].append(1)
-    assert (len(model.large), len(model.tensors[0]), model.small) == (200_001, 2, [[0]])
+    assert (len(model.large), len(model.modules_too[0]), model.small) == (200_001, 2, [[0]])
+
+
+class Remembering(nn.Module):
+    """Answers by tensors that it keeps in records, some of which every pass writes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.mean: Any = {"deep": {"mean": torch.zeros(32)}}
+        self.cache: Any = {"keys": [torch.zeros(32)]}
+        self.flat: Any = [torch.zeros(32)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        self.mean["deep"]["mean"].mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
+        self.cache["keys"].append(y.detach().mean(0))
+        self.flat[0].add_(1)
+        return self.b(y + self.mean["deep"]["mean"] + sum(self.cache["keys"]) + self.flat[0])
+
+
+def test_tensors_in_records_are_those_from_before() -> None:
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    with torch.no_grad():
+        model(X[0])
+    before, flat = repr((model.mean, model.cache, model.flat)), model.flat[0]
+    small = st.compress(model, X, "macs=60%").model
+    assert repr((model.mean, model.cache, model.flat)) == before
+    assert model.flat[0] is flat
+    assert repr((small.mean, small.cache, small.flat)) == before
+
+
+def test_statistics_that_are_estimated_anew_stay_though_a_list_holds_them() -> None:
+    model: Any = nn.BatchNorm1d(2)
+    model.held = [model.running_mean]
+    with contents_kept(model):
+        model.running_mean.fill_(3)
+    assert model.running_mean.tolist() == [3, 3]

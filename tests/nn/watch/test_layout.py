@@ -425,6 +425,7 @@ COUNTED_AS_BEFORE: dict[str, tuple[Callable[..., torch.Tensor], str, Any, int, b
         lambda m, x, a: (a @ m.mlp(x)).transpose(0, 1), "x, a", (torch.randn(3, 12, 8), torch.ones(12, 12)), 3, False,
     ),
     "a loss": (lambda m, t, x: (m.mlp(x) * t).mean(), "t, x", (STEP, NODES), 1, False),
+    "samples behind positions": (lambda m, x: m.mlp(x).mean(0), "x", (torch.randn(3, 12, 8),), 3, True),
     "clouds of points": (lambda m, p: torch.cat([m.mlp(x) for x in p]), "p", ([NODES, NODES],), 2, False),
 }  # fmt: skip
 

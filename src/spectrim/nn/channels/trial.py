@@ -26,6 +26,7 @@ from spectrim.nn.channels.lively import without_statistics
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.copying import copy_model
+from spectrim.nn.encoders import unfused
 from spectrim.nn.layers import canonical
 from spectrim.nn.modes import asks_for_mode, fault_in_training
 from spectrim.nn.watch.batches import Feed
@@ -167,14 +168,15 @@ class Trial:
         """How the model with all channels decides (:func:`spectrim.nn.channels.decisions.ways`); None if it fails."""
         samples = self.run.layout.size(self.example)
         try:
-            with torch.no_grad(), without_statistics(), Decisions(samples) as decisions:
-                self.run(copy_model(self.model), self.example)
+            copied = copy_model(self.model)
+            with torch.no_grad(), unfused(copied), without_statistics(), Decisions(samples) as decisions:
+                self.run(copied, self.example)
         except Exception:  # a model may raise anything; calibration tells it
             return None
         return ways(decisions.made, samples)
 
     def _outputs(self, model: nn.Module) -> _Outputs:
-        with _recorded(model) as inside, Decisions() as decisions:
+        with unfused(model), _recorded(model) as inside, Decisions() as decisions:
             return output_tensors(self.run(model, self.example)), inside, decisions.made
 
     @cached_property

@@ -138,7 +138,8 @@ def _rows(outputs: Sequence[Tensor], samples: int) -> int | None:
 def _folds(first: Tensor, size: int, rows: int) -> bool:
     """Whether each sample of the first input may have several rows, as positions or boxes; pairs of nodes are none."""
     pairs = first.dim() == 2 and size == 2 and not first.is_floating_point()
-    return size > 1 and rows % size == 0 and not pairs
+    turned = first.dim() > 1 and first.shape[1] == rows  # samples that follow their positions
+    return size > 1 and rows % size == 0 and not pairs and not turned
 
 
 def _is_more(first: Tensor, other: Tensor) -> bool:
