@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -103,6 +104,7 @@ def drafted(
         If plans that remove channels can be expected to lose more than the ``trial`` lets them.
     """
     sites, methods, priced = prepared.sites, making.methods, making.priced(prepared)
+    asking = functools.partial(asked_once, prepared.curves, ask=ask)
 
     def chosen(table: Candidates, limits: Budget) -> Plan:
         return select(table, limits, making.selector)
@@ -115,8 +117,7 @@ def drafted(
                 limits,
                 selector=making.selector,
                 table=table,
-                curves=prepared.curves,
-                ask=ask,
+                asking=asking,
                 trial=trial,
                 **priced,
             )
@@ -126,7 +127,7 @@ def drafted(
         return planned(sites, table, limits)[0]
 
     if table is None:
-        table = tabulate(sites, methods, curve=asked_once(prepared.curves, {}, ask), **priced)
+        table = tabulate(sites, methods, curve=asking({}), **priced)
     if budget.bytes is None:
         plan, table = planned(sites, table, budget)
         return Draft(plan, table, sites, budget, making, again)

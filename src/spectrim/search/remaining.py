@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spectrim.cost.whole import Network
@@ -17,6 +17,9 @@ from spectrim.tables import Asked, merged, own_curve, parted, tabulate
 
 Curves = dict[Hashable, Curve]
 """What methods offer in one network: by the method, the site, and what is left of the axes of its layers."""
+
+Asking = Callable[[Mapping[tuple[str, str], Sequence[int]]], Asked]
+"""How methods are asked, by what is left of axes that lost channels, as :func:`asked_once` of some curves does it."""
 
 
 def asked_once(curves: Curves, kept: Mapping[tuple[str, str], Sequence[int]], ask: Asked = own_curve) -> Asked:
@@ -46,8 +49,7 @@ class Remaining:
     methods: Sequence[Method]  # that are asked, none of channels
     network: Network
     guard: bool
-    curves: Curves  # of this network, as earlier tables needed them
-    ask: Asked = own_curve  # how a method is asked
+    asking: Asking
 
     def after(self, removals: Mapping[str, ChannelsChoice], progress: Progress) -> Candidates:
         """The table of the layers as the removals leave them."""
@@ -60,5 +62,5 @@ class Remaining:
         time = network.cost(removals).get("latency")
         return tabulate(
             narrowed(network.sites, kept), self.methods, latency=network.latency, dense_latency=time,
-            costs=network.costs, guard=self.guard, curve=asked_once(self.curves, left, self.ask), progress=progress,
+            costs=network.costs, guard=self.guard, curve=self.asking(left), progress=progress,
         )  # fmt: skip

@@ -33,12 +33,12 @@ from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.search import entries
-from spectrim.search.remaining import Curves, Remaining, asked_once
+from spectrim.search.remaining import Asking, Remaining, asked_once
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
-from spectrim.tables import Asked, own_curve, tabulate
+from spectrim.tables import tabulate
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def select_in_steps(
     costs: Mapping[str, Cost] | None = None,
     guard: bool = False,
     table: Candidates | None = None,
-    curves: Curves | None = None,
-    ask: Asked = own_curve,
+    asking: Asking | None = None,
     trial: Judging = BY_TABLE,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
@@ -131,10 +130,8 @@ def select_in_steps(
         As for :func:`spectrim.tabulate`.
     table
         What an earlier call returned for the same sites and methods, to choose under another budget.
-    curves
-        What methods offer, as earlier calls for these sites have found it; more is added.
-    ask
-        How methods are asked for what is not among these.
+    asking
+        How methods are asked, by what is left of axes that lost channels; once for each layer by default.
     trial
         How plans are compared where several methods are mixed; by default by what they predict that they lose.
 
@@ -159,11 +156,11 @@ def select_in_steps(
             f"layers that share factors ({next(iter(sites.groups))!r}) would lose different channels: remove channels "
             "without groups, or share factors in the network that is left"
         )
-    curves = {} if curves is None else curves
+    asking = functools.partial(asked_once, {}) if asking is None else asking
     if table is None:
         table = tabulate(
             sites, methods, latency=latency, dense_latency=dense_latency, costs=costs, guard=guard,
-            curve=asked_once(curves, {}, ask), progress=trial.ending(told(progress)),
+            curve=asking({}), progress=trial.ending(told(progress)),
         )  # fmt: skip
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
@@ -180,7 +177,7 @@ def select_in_steps(
         fits = _fits(network.cost(picks), limits)
         return picks if fits else _within(_around(table, network, picks), limits, selector, network)
 
-    remaining = Remaining(table, others, network, guard, curves, ask)
+    remaining = Remaining(table, others, network, guard, asking)
 
     def finished(picks: Picks, progress: Progress = silent) -> Plan:
         left = remaining.after(_removals(picks), progress) if others else None

@@ -44,28 +44,39 @@ def counted(layout: Layout, batch: Any, taken: Sequence[Tensor], outputs: Output
         return layout, ""
     few = 3 if size == 2 else 2
     part = _cut(layout, batch, outputs, few)
-    if part is not None and _has_rows(part, few):
-        return layout, ""
-    whole = _leading(outputs(batch))
-    rows = next((len(tensor) for tensor in whole), size)
-    # Positions are in front, and samples follow them.
-    turned = bool(part) and [t.shape[1:2] for t in (*part, *whole)] == [torch.Size([n]) for n in (few, size)]
-    # With one sample more it runs, and its positions are in front: an axis of one sample was taken away.
-    squeezed = part is not None and first.dim() > 1 and first.shape[1] == rows
-    if rows == size or turned or squeezed or _folds(first, size, rows):
+    rows = _rows_of_others(first, size, few, part, lambda: _leading(outputs(batch)))
+    if rows is None:
         return layout, ""
     for tensor in (each for each in taken if each.dim() and len(each) == rows and not _is_more(first, each)):
         place = next(number for number, each in enumerate(tensors(batch)) if each is tensor)
         by_other = dataclasses.replace(layout, counted=place)
         parts = [(number, _cut(by_other, batch, outputs, number)) for number in _numbers(rows)]
         # Where it cannot be cut by either of them, as where a state has its samples second, one row is no samples.
-        uncut = size == 1 and all(part is None for part in (part, *(cut for _, cut in parts)))
+        uncut = size == 1 and all(cut is None for cut in (part, *(cut for _, cut in parts)))
         if uncut or any(cut is not None and _has_rows(cut, number) for number, cut in parts):
             return by_other, (
                 f"{rows} samples were counted in the first batch by an input of shape {tuple(tensor.shape)}, since "
                 f"outputs have as many rows; {_COUNT}"
             )
     return layout, ""
+
+
+def _rows_of_others(
+    first: Tensor, size: int, few: int, part: Sequence[Tensor] | None, whole: Callable[[], Sequence[Tensor]]
+) -> int | None:
+    """How many rows outputs have that another input than the first may count; None where the first one does.
+
+    ``part`` is the first output for ``few`` samples by the first input, and ``whole`` gives that for all ``size``.
+    """
+    if part is not None and _has_rows(part, few):
+        return None
+    leading = whole()
+    rows = next((len(tensor) for tensor in leading), size)
+    # Positions are in front, and samples follow them.
+    turned = bool(part) and [t.shape[1:2] for t in (*part, *leading)] == [torch.Size([n]) for n in (few, size)]
+    # With one sample more it runs, and its positions are in front: an axis of one sample was taken away.
+    squeezed = part is not None and first.dim() > 1 and first.shape[1] == rows
+    return None if rows == size or turned or squeezed or _folds(first, size, rows) else rows
 
 
 def uncounted(layout: Layout, batch: Any, outputs: Sequence[Tensor]) -> str:
