@@ -1,4 +1,4 @@
-"""Records that a model keeps in lists, mappings, sets and arrays of plain values: passes leave them as they were."""
+"""Lists, mappings, sets and arrays that a model keeps, and tensors in them: passes leave them as they were."""
 
 from __future__ import annotations
 
